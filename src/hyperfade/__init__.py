@@ -1,0 +1,1 @@
+"""hyperfade: dense feed-forward layers fade out, hypercomplex ones fade in."""

@@ -1,0 +1,208 @@
+"""What to do, as a value: a `Recipe` is read from YAML, checked completely before anything happens, and never changed.
+
+    recipe = Recipe.load("quarter")            # a recipe that ships with hyperfade ...
+    recipe = Recipe.load("my-recipe.yaml")     # ... or a file
+
+Every field has its help text beside it; `hyperfade compress --help` and the documentation print the same texts.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from hyperfade.errors import RecipeError
+
+SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+
+
+def _number_in_text(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` (no dot) as text; it means a number here."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number_in_text)]
+Kind = Literal[
+    "products", "learned", "complex", "split_complex", "quaternion", "octonion", "cyclic", "z2", "paper", "low_rank"
+]
+Region = Literal["language", "vision", "projector", "other"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Layer(_Section):
+    """What one dense matrix becomes."""
+
+    kind: Kind = Field("products", description="algebra of the PHM layer, or low_rank for the baseline")
+    n: int | None = Field(None, ge=2, description="algebra dimension (products, learned, cyclic, z2)")
+    terms: int | None = Field(None, ge=1, description="number of terms t of a terms-form algebra [default: n]")
+    products: int | None = Field(None, ge=1, description="number of products R of a products-form algebra [default: n]")
+    companion_rank: int = Field(0, ge=0, description="rank of the low-rank companion added to the PHM layer")
+    fraction: Number | None = Field(None, gt=0, lt=1, description="low_rank only: parameters, as a fraction of dense")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        needs_n = self.kind in ("products", "learned", "cyclic", "z2")
+        if needs_n and self.n is None:
+            raise ValueError(f"kind {self.kind!r} needs n, the algebra dimension (2, 4 or 8 are usual)")
+        if not needs_n and self.n is not None:
+            raise ValueError(f"kind {self.kind!r} takes no n")
+        if (self.kind == "low_rank") != (self.fraction is not None):
+            raise ValueError("fraction is given for kind low_rank, and for that kind only")
+        if self.terms is not None and self.kind in ("products", "low_rank"):
+            raise ValueError(f"kind {self.kind!r} has no terms")
+        if self.products is not None and self.kind != "products":
+            raise ValueError(f"products is the size of kind 'products', not of {self.kind!r}")
+        if self.kind == "low_rank" and self.companion_rank:
+            raise ValueError("kind 'low_rank' has no companion: raise its fraction instead")
+        return self
+
+
+class Rule(_Section):
+    """An exception to the regional choice. The last rule that matches a matrix wins."""
+
+    match: str = Field("*", description="glob over module names, e.g. *.layers.0.mlp.*")
+    region: Region | None = Field(None, description="restrict the rule to one region")
+    last_layers: int | None = Field(None, ge=1, description="restrict the rule to the last N FFNs of the region")
+    layer: Layer | None = Field(None, description="what the matrix becomes; null keeps it dense")
+
+
+class Replace(_Section):
+    """Which feed-forward matrices are replaced, by what. Attention, embeddings and head are never touched."""
+
+    language: Layer | None = Field(Layer(n=4), description="FFNs of the language model; null keeps them dense")
+    vision: Layer | None = Field(Layer(n=4), description="FFNs of the vision tower; null keeps them dense")
+    projector: Layer | None = Field(None, description="the projector between them; null keeps it dense")
+    other: Layer | None = Field(None, description="nn.Linear modules named by `patterns`")
+    patterns: tuple[str, ...] = Field((), description="globs of further nn.Linear modules, for models of any kind")
+    exclude: tuple[str, ...] = Field((), description="globs of module names that stay dense")
+    min_weight_elements: int = Field(0, ge=0, description="matrices with fewer elements stay dense")
+    rules: tuple[Rule, ...] = Field((), description="exceptions; the last that matches wins")
+
+    @model_validator(mode="after")
+    def _patterns_have_a_layer(self) -> Self:
+        if bool(self.patterns) != (self.other is not None):
+            raise ValueError("patterns and other come together: patterns say which nn.Linear, other says what they become")
+        return self
+
+
+class Fit(_Section):
+    """How dense weights become hypercomplex ones before any training."""
+
+    method: Literal["calibrated", "frobenius", "random"] = Field("calibrated", description="what the fit minimises")
+    basis: Literal["none", "energy"] = Field("none", description="order of the FFN's hidden units before the split")
+    sweeps: int = Field(12, ge=1, description="alternating least-squares sweeps per matrix")
+    samples: int = Field(128, ge=1, description="training samples whose activations calibrate the fit")
+    batch_size: int = Field(16, ge=1, description="samples per calibration forward pass")
+    ridge: Number = Field(1e-6, ge=0, description="added to C's diagonal, relative to its mean")
+
+
+class Train(_Section):
+    """The distillation: fade the dense weights out, then polish what is left. All lengths are optimizer steps."""
+
+    fade_steps: int = Field(100, ge=0, description="steps of the fade; 0 starts with the dense branch gone")
+    polish_steps: int = Field(200, ge=0, description="steps after the dense branch is dropped")
+    fade_shape: Literal["linear", "cosine", "step"] = Field("linear", description="shape of α over the fade")
+    fade_order: Literal["together", "layer_by_layer"] = Field("together", description="whether layers fade in turn")
+    batch_size: int = Field(32, ge=1, description="samples per forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    learning_rate: Number = Field(1e-3, gt=0, description="peak learning rate of the hypercomplex weights")
+    dense_learning_rate: Number = Field(1e-4, gt=0, description="peak learning rate of train_also and LoRA")
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
+    warmup_fraction: Number = Field(0.1, ge=0, le=1, description="share of the steps with a rising learning rate")
+    clip_norm: Number = Field(1.0, gt=0, description="gradient norm limit")
+    label_smoothing: Number = Field(0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
+    kd_weight: Number = Field(0.9, ge=0, le=1, description="λ: share of the teacher's KL against cross-entropy")
+    kd_ramp: bool = Field(False, description="let λ grow with α instead of starting at its full value")
+    temperature: Number = Field(2.0, gt=0, description="T of the softened distributions in the KL")
+    reconstruction_weight: Number = Field(0.0, ge=0, description="μ: weight of the layers' output error while fading")
+    train_also: tuple[str, ...] = Field((), description="globs of dense parameters that train as well, e.g. lm_head.*")
+    lora_rank: int = Field(0, ge=0, description="LoRA on the language model's attention, merged at the end; 0 for none")
+    lora_alpha: Number = Field(16.0, gt=0, description="LoRA scale")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="autocast of the training forward passes")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    checkpoint_every: int = Field(100, ge=1, description="steps between resumable checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    trackers: tuple[str, ...] = Field((), description="accelerate trackers, e.g. tensorboard")
+
+
+class Data(_Section):
+    """Where examples come from: `easy-vqa`, a .jsonl file, or `datasets:` and what datasets.load_dataset takes."""
+
+    train: str = Field("easy-vqa:train", description="training examples (SOURCE or SOURCE:SPLIT)")
+    evaluation: str = Field("easy-vqa:test", description="examples that quality is measured on, never trained on")
+    evaluation_limit: int | None = Field(None, ge=1, description="evaluate on the first N (seeded shuffle) only")
+    on_bad_sample: Literal["error", "skip"] = Field("error", description="skip counts bad samples instead of stopping")
+    max_tokens: int = Field(2048, ge=8, description="longest sample, in tokens with its image tokens")
+    max_new_tokens: int = Field(16, ge=1, description="longest answer generated in the evaluation, in tokens")
+
+
+class Rival(_Section):
+    """Another way to the same size, trained with the same data and budget for comparison."""
+
+    replace: Replace
+    fit: Fit | None = Field(None, description="its own fit; null takes the recipe's")
+    train: Train | None = Field(None, description="its own training; null takes the recipe's")
+
+
+class Recipe(_Section):
+    """From a dense model to a finished one."""
+
+    model: str = Field("embedded", description="checkpoint folder or hub name; `embedded` is the shipped example model")
+    output: Path = Field(Path("runs/compressed"), description="folder for the checkpoint, results and report")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype the model runs in")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype on disk [default: dtype]")
+    replace: Replace = Replace()
+    fit: Fit = Fit()
+    train: Train = Train()
+    data: Data = Data()
+    rivals: dict[str, Rival] = Field({}, description="baselines trained beside it, by name")
+
+    @classmethod
+    def load(cls, source: str | Path) -> "Recipe":
+        """The recipe called `source`: a YAML file, or the name of one that ships with hyperfade.
+
+        Raises `RecipeError` that names the file, the key and what was expected there.
+        """
+        path = Path(source)
+        if not path.suffix and not path.exists():
+            path = SHIPPED_RECIPES / f"{source}.yaml"
+        try:
+            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            shipped = ", ".join(sorted(p.stem for p in SHIPPED_RECIPES.glob("*.yaml")))
+            raise RecipeError(f"Cannot read recipe {str(source)!r}: {error}", f"Give a YAML file or one of: {shipped}.") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}", "Check indentation and colons there.") from error
+        return cls.parse(fields or {}, where=str(path))
+
+    @classmethod
+    def parse(cls, fields: Any, where: str = "recipe") -> "Recipe":
+        """A checked recipe from nested dictionaries; `where` names their origin in errors."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the top level"
+            given = first.get("input")
+            shown = f" (given {given!r})" if not isinstance(given, (dict, BaseModel)) else ""
+            hint = f"{error.error_count()} problem(s) in all; `hyperfade recipe` prints every key with its meaning."
+            raise RecipeError(f"{where}: {key}: {first['msg']}{shown}", hint) from error
+
+    def updated(self, **changes: Any) -> "Recipe":
+        """A copy with top-level fields replaced, checked like a new one."""
+        return Recipe.parse({**self.model_dump(), **changes})
+
+    def to_yaml(self) -> str:
+        """The complete recipe, defaults included, as YAML that `load` reads back."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
