@@ -1,0 +1,23 @@
+"""The numbers: named and learned algebras, the one layout, and dense weights → components."""
+
+from hyperfade.algebra.bases import NAMED, Algebra, BilinearFactors
+from hyperfade.algebra.fit import Fit, fit
+from hyperfade.algebra.kron import blocks, kron_sum, rearranged
+from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_for
+from hyperfade.algebra.moments import SecondMoment, output_error
+
+__all__ = [
+    "NAMED",
+    "Algebra",
+    "BilinearFactors",
+    "Fit",
+    "LowRankFit",
+    "SecondMoment",
+    "blocks",
+    "fit",
+    "kron_sum",
+    "low_rank",
+    "output_error",
+    "rank_for",
+    "rearranged",
+]

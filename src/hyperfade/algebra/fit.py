@@ -1,0 +1,207 @@
+"""From a dense matrix to hypercomplex components, in closed form.
+
+Two optima. With W (k, d) and, for the second, the second moment C = E[x xᵀ] (d, d) of the layer's inputs:
+
+    Frobenius    min ‖W − Ŵ‖²             truncated SVD of the rearranged W (Van Loan and Pitsianis 1993) where A is
+                                          free, least squares where A is fixed
+    calibrated   min ‖(W − Ŵ) C^½‖²       = the expected squared error of the layer's output
+
+The calibrated objective is quadratic in each factor while the others rest, so every update below is one exact linear
+solve (alternating least squares) and the objective never rises. With B_r the mixing matrix of component r (A_r in terms
+form, P_r Q_rᵀ in products form) and T_r the component, everything is built from two statistics of the fixed side:
+
+    given B:  G[(r,i),(s,j)] = Σ_abc B[r,a,b] B[s,a,c] C[b,i,c,j]     H[r,o,i] = Σ_ab B[r,a,b] (WC)[a,o,b,i]
+    given T:  M[(r,b),(s,c)] = Σ_oij T[r,o,i] C[b,i,c,j] T[s,o,j]     N[a,r,b] = Σ_oi  T[r,o,i] (WC)[a,o,b,i]
+
+    T = H G⁻¹      A[·,a,·] = M⁻¹ N[a]      P, Q: M and N contracted with the other one
+
+Everything runs in float64. The rival, whitened low-rank (SVD-LLM), is in `low_rank.py`, under the same objective.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hyperfade.algebra.bases import Algebra
+from hyperfade.algebra.kron import blocks, kron_sum, rearranged
+from hyperfade.algebra.low_rank import LowRankFit, low_rank
+from hyperfade.algebra.moments import conditioned, output_error, solve_psd
+from hyperfade.errors import FitError
+
+_PROGRESS = 1e-5  # a sweep that lowers the error by a smaller share than this is the last
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The factors of Ŵ, float64, and how good they are.
+
+    components (t or R, k/n, d/n); mixing A (t, n, n) in terms form; left P and right Q (R, n) in products form;
+    companion: the low-rank addition or None. errors: relative output error ‖(W−Ŵ)C^½‖ / ‖W C^½‖ after each sweep.
+    """
+
+    algebra: Algebra
+    components: Tensor
+    mixing: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+    companion: LowRankFit | None
+    errors: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """Relative output error of the finished fit (relative weight error where no second moment was given)."""
+        return self.errors[-1]
+
+    @property
+    def mixing_matrices(self) -> Tensor:
+        """B (t or R, n, n): A, or P_r Q_rᵀ."""
+        if self.left is None or self.right is None:
+            assert self.mixing is not None
+            return self.mixing
+        return self.left[:, :, None] * self.right[:, None, :]
+
+    def dense(self) -> Tensor:
+        """Ŵ (k, d), the companion included."""
+        weight = kron_sum(self.mixing_matrices, self.components)
+        return weight if self.companion is None else weight + self.companion.dense()
+
+
+def fit(
+    weight: Tensor,
+    algebra: Algebra,
+    second_moment: Tensor | None = None,
+    *,
+    sweeps: int = 12,
+    companion_rank: int = 0,
+    ridge: float = 1e-6,
+) -> Fit:
+    """The best hypercomplex approximation of `weight` (k, d) we can find in `sweeps` alternating sweeps.
+
+    second_moment: C (d, d) of the inputs; None asks for the Frobenius optimum. ridge: added to C's diagonal, relative
+    to its mean, so that rank-deficient C gives finite factors. companion_rank: rank of a low-rank addition fitted
+    together with the hypercomplex part.
+    Raises `AlgebraError` where n does not divide the widths, `FitError` for NaN or infinite numbers.
+    """
+    k, d = weight.shape
+    algebra.check_features(d, k)
+    target = weight.detach().double()
+    if not torch.isfinite(target).all():
+        raise FitError(f"The weight ({k}, {d}) holds NaN or infinite values.", "Check the checkpoint it came from.")
+    moment = conditioned(second_moment, d, ridge, target.device)
+    if not companion_rank:
+        return _fit_alone(target, algebra, moment, sweeps)
+    return _fit_with_companion(target, algebra, moment, sweeps, companion_rank)
+
+
+def _fit_alone(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: int) -> Fit:
+    if moment is None:
+        return _frobenius(target, algebra, 20 * sweeps)
+    return _alternate(target, moment, _frobenius(target, algebra, sweeps), sweeps)
+
+
+def _fit_with_companion(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: int, rank: int) -> Fit:
+    """Each part is refitted to what the other leaves, from where it stood: the joint error never rises."""
+    companion = low_rank(target, rank, moment, ridge=0)
+    current = _fit_alone(target - companion.dense(), algebra, moment, sweeps)
+    errors = []
+    for _ in range(4):
+        companion = low_rank(target - kron_sum(current.mixing_matrices, current.components), rank, moment, ridge=0)
+        rest = target - companion.dense()
+        current = _fit_alone(rest, algebra, None, sweeps) if moment is None else _alternate(rest, moment, current, sweeps)
+        joint = replace(current, companion=companion)
+        errors.append(output_error(target, joint.dense(), moment))
+    return replace(current, companion=companion, errors=tuple(errors))
+
+
+def _frobenius(target: Tensor, algebra: Algebra, sweeps: int) -> Fit:
+    """The optimum in plain weight distance, on a compressed copy of the problem.
+
+    Only the row space of the rearranged W (n², dk/n²) matters, and that has at most n² dimensions: for its principal
+    directions V, W's coordinates in V are themselves a tiny matrix (n·n², n) in our layout, with the same optimum.
+    """
+    n = algebra.n
+    rows = rearranged(target, n)
+    left, values, right = torch.linalg.svd(rows, full_matrices=False)
+    coordinates = left * values
+    count = coordinates.shape[1]
+    if algebra.form == "terms" and algebra.learned:
+        mixing, small = left[:, : algebra.size], values[: algebra.size, None] * right[: algebra.size]
+        missing = algebra.size - mixing.shape[1]  # a matrix with fewer blocks than terms is exact already
+        mixing = torch.nn.functional.pad(mixing, (0, missing)).T.reshape(-1, n, n)
+        components = torch.nn.functional.pad(small, (0, 0, 0, missing))
+        tiny = None
+    else:
+        matrix = coordinates.view(n, n, count).permute(0, 2, 1).reshape(n * count, n)
+        identity = torch.eye(n, dtype=target.dtype, device=target.device)
+        tiny = _alternate(matrix, identity, _start(algebra, matrix), sweeps)
+        mixing = tiny.mixing
+        components = tiny.components.squeeze(-1) @ right
+    components = components.reshape(algebra.size, target.shape[0] // n, target.shape[1] // n)
+    result = Fit(algebra, components, mixing, tiny and tiny.left, tiny and tiny.right, None, ())
+    return replace(result, errors=(output_error(target, result.dense(), None),))
+
+
+def _start(algebra: Algebra, target: Tensor) -> Fit:
+    """The algebra's own starting point for the mixing, with no components yet."""
+    like = {"dtype": target.dtype, "device": target.device}
+    if algebra.form == "products":
+        p, q = algebra.starting_products()
+        return Fit(algebra, torch.empty(0), None, p.to(**like), q.to(**like), None, ())
+    return Fit(algebra, torch.empty(0), algebra.structure().to(**like), None, None, None, ())
+
+
+def _alternate(target: Tensor, moment: Tensor, start: Fit, sweeps: int) -> Fit:
+    """Alternating least squares from `start`; stops early when nothing is gained, and returns the best sweep."""
+    n = start.algebra.n
+    m = target.shape[1] // n
+    moment4 = moment.view(n, m, n, m)
+    cross = blocks(target @ moment, n)
+    best = _update_components(start, moment4, cross)
+    errors = [output_error(target, best.dense(), moment)]
+    for _ in range(sweeps if start.algebra.learned else 0):
+        current = _update_components(_update_mixing(best, moment4, cross), moment4, cross)
+        error = output_error(target, current.dense(), moment)
+        if not error < errors[-1]:
+            break
+        best = current
+        errors.append(error)
+        if errors[-2] - error <= _PROGRESS * error:
+            break
+    return replace(best, errors=tuple(errors))
+
+
+def _update_components(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
+    """The best T (or S) for the mixing at hand: one solve of size t·d/n."""
+    b = fit.mixing_matrices
+    r, n, _ = b.shape
+    m = moment4.shape[1]
+    pairs = torch.einsum("rab,sac->rsbc", b, b)
+    gram = torch.einsum("rsbc,bicj->risj", pairs, moment4).reshape(r * m, r * m)
+    right_side = torch.einsum("rab,aobi->rio", b, cross).reshape(r * m, -1)
+    solution = solve_psd(gram, right_side)
+    return replace(fit, components=solution.view(r, m, -1).transpose(1, 2).contiguous())
+
+
+def _update_mixing(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
+    """The best mixing for the components at hand: A in one solve of size t·n; Q, then P, in two."""
+    t = fit.components
+    r, n = t.shape[0], moment4.shape[0]
+    overlap = torch.einsum("roi,soj->risj", t, t)
+    m = torch.einsum("risj,bicj->rbsc", overlap, moment4)
+    right_side = torch.einsum("roi,aobi->arb", t, cross)
+    if fit.left is None or fit.right is None:
+        solution = solve_psd(m.reshape(r * n, r * n), right_side.reshape(n, r * n).T)
+        return replace(fit, mixing=solution.view(r, n, n).permute(0, 2, 1).contiguous())
+    p = fit.left
+    gram = (torch.einsum("ra,sa->rs", p, p)[:, None, :, None] * m).reshape(r * n, r * n)
+    q = solve_psd(gram, torch.einsum("ra,arb->rb", p, right_side).reshape(r * n, 1)).view(r, n)
+    gram = torch.einsum("rb,rbsc,sc->rs", q, m, q)
+    p = solve_psd(gram, torch.einsum("rb,arb->ra", q, right_side))
+    # scale is free between P, Q and T: unit rows keep all three in range, in any dtype
+    return replace(fit, left=_unit_rows(p), right=_unit_rows(q))
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    norms = x.norm(dim=1, keepdim=True)
+    return x / torch.where(norms > 0, norms, torch.ones_like(norms))

@@ -1,0 +1,53 @@
+"""Whitened low-rank factors (SVD-LLM, arXiv 2403.07378): the rival every PHM fit is printed beside."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperfade.algebra.moments import conditioned, output_error
+from hyperfade.errors import FitError
+
+
+@dataclass(frozen=True)
+class LowRankFit:
+    """Ŵ = expand (k, q) · reduce (q, d), float64; error: relative output error, as for a PHM fit."""
+
+    expand: Tensor
+    reduce: Tensor
+    error: float
+
+    def dense(self) -> Tensor:
+        """Ŵ (k, d)."""
+        return self.expand @ self.reduce
+
+
+def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None, *, ridge: float = 1e-6) -> LowRankFit:
+    """The rank-`rank` matrix nearest to `weight` (k, d) in output error: the truncated SVD of W C^½, times C^-½.
+
+    Raises `FitError` for a rank outside 1..min(k, d) and for NaN or infinite numbers.
+    """
+    k, d = weight.shape
+    target = weight.detach().double()
+    if not 1 <= rank <= min(k, d):
+        raise FitError(f"Rank {rank} is outside 1..{min(k, d)} for a ({k}, {d}) weight.", "Ask for another fraction.")
+    if not torch.isfinite(target).all():
+        raise FitError(f"The weight ({k}, {d}) holds NaN or infinite values.", "Check the checkpoint it came from.")
+    moment = conditioned(second_moment, d, ridge, target.device)
+    if moment is None:
+        u, s, vh = torch.linalg.svd(target, full_matrices=False)
+        expand, reduce = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vh[:rank]
+    else:
+        values, vectors = torch.linalg.eigh(moment)
+        values = values.clamp_min(values[-1] * 1e-14)
+        # the left singular vectors of W C^½ span the best outputs; projecting W on them needs no inverse of C
+        u, _, _ = torch.linalg.svd(target @ (vectors * values.sqrt()), full_matrices=False)
+        expand = u[:, :rank]
+        reduce = expand.T @ target
+    fit = LowRankFit(expand, reduce, 0.0)
+    return LowRankFit(expand, reduce, output_error(target, fit.dense(), moment))
+
+
+def rank_for(in_features: int, out_features: int, num_parameters: float) -> int:
+    """The largest rank q ≥ 1 with q·(d + k) ≤ num_parameters."""
+    return max(1, int(num_parameters // (in_features + out_features)))

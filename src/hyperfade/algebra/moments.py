@@ -1,0 +1,83 @@
+"""Second moments of layer inputs, and the two numerical tools every fit shares."""
+
+import torch
+from torch import Tensor
+
+from hyperfade.errors import FitError
+
+
+class SecondMoment:
+    """Accumulates C = E[x xᵀ] over tokens in float64, whatever the model's dtype.
+
+    float32 sums of a language model's massive activations come out indefinite; float64 sums do not.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.num_tokens = 0
+
+    def add_(self, inputs: Tensor) -> None:
+        """Add tokens: inputs (..., features)."""
+        tokens = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._sum)
+        self._sum.addmm_(tokens.T, tokens)
+        self.num_tokens += tokens.shape[0]
+
+    def mean(self) -> Tensor:
+        """C (features, features), float64. Takes the accumulator's memory: the object is empty afterwards."""
+        if not self.num_tokens:
+            raise FitError("No input reached the layer during calibration.", "Exclude the layer, or give other data.")
+        result = self._sum.div_(self.num_tokens)
+        self._sum, self.num_tokens = torch.zeros_like(result[:0]), 0
+        return result
+
+
+def conditioned(second_moment: Tensor | None, features: int, ridge: float, device: torch.device) -> Tensor | None:
+    """C (d, d) in float64, symmetric, with `ridge` · mean(diag C) on its diagonal; None stays None.
+
+    Raises `FitError` where C has another shape, or holds NaN or infinite values. Inputs that are zero throughout tell
+    nothing, so they count as None.
+    """
+    if second_moment is None:
+        return None
+    if second_moment.shape != (features, features):
+        raise FitError(
+            f"The second moment has shape {tuple(second_moment.shape)}, the layer reads {features} features.",
+            f"Give E[x xᵀ] of shape ({features}, {features}).",
+        )
+    moment = second_moment.detach().to(device=device, dtype=torch.float64)
+    if not torch.isfinite(moment).all():
+        raise FitError("The second moment holds NaN or infinite values.", "Check the model's activations in this dtype.")
+    scale = moment.diagonal().mean()
+    if scale <= 0:
+        return None
+    moment = (moment + moment.T) / 2
+    moment.diagonal().add_(ridge * scale)
+    return moment
+
+
+def output_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -> float:
+    """‖(W − Ŵ) C^½‖ / ‖W C^½‖ (0 for W = 0); plain Frobenius where `moment` is None."""
+    rest = weight - approximation
+    if moment is None:
+        error, whole = rest.square().sum(), weight.square().sum()
+    else:
+        error, whole = ((rest @ moment) * rest).sum(), ((weight @ moment) * weight).sum()
+    return (error.clamp_min(0) / whole).sqrt().item() if whole > 0 else 0.0
+
+
+def solve_psd(gram: Tensor, right_side: Tensor) -> Tensor:
+    """X with gram · X = right_side, gram (p, p) positive semidefinite, right_side (p, q).
+
+    Cholesky where the (diagonally scaled) system allows it; else the minimum-norm solution from its eigenvectors, which
+    is still a minimiser because normal equations are always consistent.
+    """
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = gram / scale[:, None] / scale[None, :]
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    if info == 0 and factor.diagonal().min() > 1e-7:
+        return torch.cholesky_solve(right_side / scale[:, None], factor) / scale[:, None]
+    values, vectors = torch.linalg.eigh(scaled)
+    keep = values > values[-1] * 1e-13
+    coordinates = vectors[:, keep].T @ (right_side / scale[:, None])
+    return vectors[:, keep] @ (coordinates / values[keep, None]) / scale[:, None]

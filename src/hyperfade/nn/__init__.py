@@ -1,0 +1,8 @@
+"""The layers: hypercomplex, low-rank, and the blend that fades one into the other."""
+
+from hyperfade.nn.blend import BlendLinear
+from hyperfade.nn.low_rank import LowRankLinear
+from hyperfade.nn.phm import PHMLinear
+from hyperfade.nn.spec import LightSpec, light_modules
+
+__all__ = ["BlendLinear", "LightSpec", "LowRankLinear", "PHMLinear", "light_modules"]

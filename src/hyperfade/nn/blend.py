@@ -1,0 +1,52 @@
+"""The fade: a dense layer and its replacement side by side, mixed by α."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperfade.nn.low_rank import LowRankLinear
+from hyperfade.nn.phm import PHMLinear
+
+
+class BlendLinear(nn.Module):
+    """y = (1 − α) · dense(x) + α · light(x).
+
+    At α = 0 only the dense branch runs and at α = 1 only the light one, so both ends are bit-equal to the plain layers.
+    With `measure_reconstruction` the forward pass leaves the mean squared difference of the two outputs, relative to
+    the dense output's mean square, in `reconstruction` (a scalar with gradients to the light branch), at any α.
+    """
+
+    def __init__(self, dense: nn.Linear, light: PHMLinear | LowRankLinear) -> None:
+        super().__init__()
+        self.dense = dense.requires_grad_(False)
+        self.light = light
+        self.alpha = 0.0
+        self.measure_reconstruction = False
+        self.reconstruction: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight: Hugging Face code reads its dtype and device."""
+        return self.dense.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The dense bias, or None."""
+        return self.dense.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.measure_reconstruction:
+            if self.alpha == 0:
+                return self.dense(x)
+            if self.alpha == 1:
+                return self.light(x)
+        dense, light = self.dense(x), self.light(x)
+        if self.measure_reconstruction:
+            target = dense.detach().float()
+            self.reconstruction = F.mse_loss(light.float(), target) / target.square().mean().clamp_min(1e-12)
+        if self.alpha in (0, 1):
+            return light if self.alpha else dense
+        return torch.lerp(dense, light, self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}"

@@ -1,0 +1,185 @@
+"""The PHM layer: a large linear map made of n² blocks that share a few small weights.
+
+    W = Σ_i A_i ⊗ S_i          A (t, n, n) the algebra, S (t, k/n, d/n) the weights        (arXiv 2102.08597)
+
+W is never built at inference. Block a of the output and block b of the input meet through A only, so a layer is an
+ordinary matrix product between two tiny mixes of blocks. There are three ways to order them:
+
+    form        weights at work                 computation, per token
+    mix-in      core: nn.Linear(t·d/n → k/n)    u[a,i] = Σ_b A[i,a,b] x[b]       y[a] = core(u[a])            d ≤ k
+    mix-out     core: nn.Linear(d/n → t·k/n)    z[b] = core(x[b])                y[a] = Σ_ib A[i,a,b] z[b,i]  d > k
+    products    T (R, k/n, d/n)                 y = Σ_r P_r ⊗ (T_r · Σ_b Q[r,b] x[b])
+
+The first two run the n blocks of a token through one core, so they cost t/n of the dense multiply-adds at t/n² of its
+bytes: decoding, which waits for bytes, gets faster, prefill does not. The products form runs R small products, R/n² of
+both: with R = n everything is 1/n. That is why it is the default.
+
+The core is exactly an `nn.Linear`, because quantizers, adapters and exporters know that type.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hyperfade.algebra import Algebra, Fit, fit, kron_sum
+from hyperfade.nn.low_rank import LowRankLinear
+
+
+class PHMLinear(nn.Module):
+    """y = Ŵ x + bias with Ŵ hypercomplex; a drop-in for `nn.Linear(in_features, out_features)`.
+
+    algebra: fixed algebras keep A as a buffer, learned ones train A (terms form) or P and Q (products form).
+    companion_rank: rank of an added low-rank map; 0 for none.
+    Input (..., in_features), output (..., out_features), any floating dtype. Raises `AlgebraError` where n does not
+    divide both widths.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        algebra: Algebra,
+        bias: bool = True,
+        companion_rank: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        algebra.check_features(in_features, out_features)
+        like = {"device": device, "dtype": dtype}
+        n, size = algebra.n, algebra.size
+        d_block, k_block = in_features // n, out_features // n
+        self.in_features, self.out_features, self.algebra = in_features, out_features, algebra
+        self.mixes_in = in_features <= out_features
+        if algebra.form == "products":
+            self.P = nn.Parameter(torch.empty(size, n, **like))
+            self.Q = nn.Parameter(torch.empty(size, n, **like))
+            self.T = nn.Parameter(torch.empty(size, k_block, d_block, **like))
+        else:
+            mixing = torch.empty(size, n, n, **like)
+            if algebra.learned:
+                self.A = nn.Parameter(mixing)
+            else:
+                self.register_buffer("A", mixing)
+            shape = (size * d_block, k_block) if self.mixes_in else (d_block, size * k_block)
+            self.core = nn.Linear(*shape, bias=False, **like)
+        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
+        self.companion = LowRankLinear(in_features, out_features, companion_rank, **like) if companion_rank else None
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        algebra: Algebra,
+        second_moment: Tensor | None = None,
+        companion_rank: int = 0,
+        sweeps: int = 12,
+    ) -> "PHMLinear":
+        """The layer nearest to `linear`: in expected output for `second_moment` C (d, d), else in weight distance."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            algebra,
+            bias=linear.bias is not None,
+            companion_rank=companion_rank,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        layer.load_fit_(fit(linear.weight, algebra, second_moment, sweeps=sweeps, companion_rank=companion_rank))
+        if layer.bias is not None:
+            layer.bias.data.copy_(linear.bias.data)
+        return layer
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random components with the variance of a fresh `nn.Linear`, the algebra at its starting point, zero bias."""
+        structure = self.algebra.structure()
+        overlap = structure.square().sum(0).mean().item()  # var(W) = overlap · var(component), averaged over blocks
+        std = (3 * self.in_features * overlap) ** -0.5
+        if self.algebra.form == "products":
+            p, q = self.algebra.starting_products()
+            self.P.copy_(p)
+            self.Q.copy_(q)
+            self.T.normal_(std=std)
+        else:
+            self.A.copy_(structure)
+            self.core.weight.normal_(std=std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @torch.no_grad()
+    def load_fit_(self, fit: Fit) -> None:
+        """Take over the factors of a fit of the same algebra and widths, in this layer's dtype."""
+        if self.algebra.form == "products":
+            self.P.copy_(fit.left)
+            self.Q.copy_(fit.right)
+            self.T.copy_(fit.components)
+        else:
+            self.A.copy_(fit.mixing)
+            t, k_block, d_block = fit.components.shape
+            if self.mixes_in:
+                self.core.weight.copy_(fit.components.permute(1, 0, 2).reshape(k_block, t * d_block))
+            else:
+                self.core.weight.copy_(fit.components.reshape(t * k_block, d_block))
+        if self.companion is not None:
+            assert fit.companion is not None
+            self.companion.load_fit_(fit.companion)
+
+    @property
+    def components(self) -> Tensor:
+        """T (R, k/n, d/n), or S (t, k/n, d/n) out of the core; gradients flow through it."""
+        if self.algebra.form == "products":
+            return self.T
+        n, t = self.algebra.n, self.algebra.size
+        k_block, d_block = self.out_features // n, self.in_features // n
+        if self.mixes_in:
+            return self.core.weight.view(k_block, t, d_block).transpose(0, 1)
+        return self.core.weight.view(t, k_block, d_block)
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ (out_features, in_features), materialised at every access: for inspection, merging and `.weight.dtype`."""
+        mixing = self.P[:, :, None] * self.Q[:, None, :] if self.algebra.form == "products" else self.A
+        weight = kron_sum(mixing, self.components)
+        return weight if self.companion is None else weight + self.companion.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, self.in_features)
+        if self.algebra.form == "products":
+            y = self._products(tokens)
+        elif self.mixes_in:
+            y = self._mix_in(tokens)
+        else:
+            y = self._mix_out(tokens)
+        y = y.view(*x.shape[:-1], self.out_features)
+        if self.companion is not None:
+            y = y + self.companion(x)
+        return y if self.bias is None else y + self.bias
+
+    def _mix_in(self, x: Tensor) -> Tensor:
+        """x (M, d) → (M, k) through u (M, n, t·d/n)."""
+        n, t = self.algebra.n, self.algebra.size
+        mix = self.A.transpose(0, 1).reshape(n * t, n)
+        u = torch.matmul(mix, x.view(-1, n, self.in_features // n))
+        return self.core(u.reshape(-1, n, t * self.in_features // n)).flatten(1)
+
+    def _mix_out(self, x: Tensor) -> Tensor:
+        """x (M, d) → (M, k) through z (M, n, t·k/n)."""
+        n, t = self.algebra.n, self.algebra.size
+        z = self.core(x.view(-1, n, self.in_features // n))
+        mix = self.A.permute(1, 2, 0).reshape(n, n * t)
+        return torch.matmul(mix, z.view(-1, n * t, self.out_features // n)).flatten(1)
+
+    def _products(self, x: Tensor) -> Tensor:
+        """x (M, d) → (M, k) through R products; tokens sit behind the blocks so that each mix is one product."""
+        n, r, m = self.algebra.n, self.algebra.size, x.shape[0]
+        by_block = x.view(m, n, -1).transpose(0, 1).reshape(n, -1)
+        u = (self.Q @ by_block).view(r, m, -1)
+        z = torch.bmm(u, self.T.transpose(1, 2))
+        y = (self.P.T @ z.view(r, -1)).view(n, m, -1)
+        return y.transpose(0, 1).reshape(m, self.out_features)
+
+    def extra_repr(self) -> str:
+        a = self.algebra
+        size = f"{'terms' if a.form == 'terms' else 'products'}={a.size}"
+        return f"{self.in_features}, {self.out_features}, {a.name}, n={a.n}, {size}, bias={self.bias is not None}"
