@@ -93,11 +93,12 @@ class PHMLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random components with the variance of a fresh `nn.Linear`, the algebra at its starting point, zero bias."""
-        structure = self.algebra.structure()
-        overlap = structure.square().sum(0).mean().item()  # var(W) = overlap · var(component), averaged over blocks
+        with torch.device("cpu"):  # also where a caller builds the layer on the meta device
+            structure = self.algebra.structure()
+            overlap = structure.square().sum(0).mean().item()  # var(W) = overlap · var(component), averaged over blocks
+            p, q = self.algebra.starting_products()
         std = (3 * self.in_features * overlap) ** -0.5
         if self.algebra.form == "products":
-            p, q = self.algebra.starting_products()
             self.P.copy_(p)
             self.Q.copy_(q)
             self.T.normal_(std=std)

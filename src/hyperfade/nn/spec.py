@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hyperfade.algebra import Algebra
-from hyperfade.errors import CheckpointError
+from hyperfade.errors import CheckpointError, HyperfadeError
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.phm import PHMLinear
 
@@ -76,7 +76,7 @@ class LightSpec:
             spec = cls(**{**fields, "algebra": None if algebra is None else Algebra(**algebra)})
             with torch.device("meta"):
                 spec.build()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, HyperfadeError) as error:
             raise CheckpointError(f"Layer {where} is described wrongly: {error!r}.", "Save the checkpoint again.") from error
         return spec
 
