@@ -1,0 +1,23 @@
+"""Where the FFNs are, what becomes of them, and the change itself."""
+
+from hyperfade.surgery.basis import energy_order, permute_hidden_
+from hyperfade.surgery.families import FFN, find_ffns
+from hyperfade.surgery.plan import Plan, Swap, human, matched_low_rank, plan
+from hyperfade.surgery.swap import blends, drop_dense_, install_, set_alpha_, swap_
+
+__all__ = [
+    "FFN",
+    "Plan",
+    "Swap",
+    "blends",
+    "drop_dense_",
+    "energy_order",
+    "find_ffns",
+    "human",
+    "install_",
+    "matched_low_rank",
+    "permute_hidden_",
+    "plan",
+    "set_alpha_",
+    "swap_",
+]

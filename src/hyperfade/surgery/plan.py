@@ -1,0 +1,184 @@
+"""The plan: a pure value that says which matrix becomes what, with its cost before and after. Nothing is changed yet.
+
+Works on a model on the meta device as well, so a config alone is enough to plan.
+"""
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from hyperfade.algebra import Algebra, rank_for
+from hyperfade.errors import AllExcludedError, NothingMatchedError, PlanError
+from hyperfade.nn import LightSpec
+from hyperfade.recipe import Layer, Recipe, Region, Replace
+from hyperfade.surgery.families import FFN, find_ffns
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One dense matrix and what it becomes. `ffn` is the name of the FFN it belongs to."""
+
+    name: str
+    ffn: str
+    region: Region
+    spec: LightSpec
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense layer, its bias included."""
+        s = self.spec
+        return s.in_features * s.out_features + (s.out_features if s.bias else 0)
+
+    @property
+    def dense_multiply_adds(self) -> int:
+        """Multiply-adds per token of the dense layer."""
+        return self.spec.in_features * self.spec.out_features
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All swaps of a model. `ffns`: the FFNs that take part, in module order; counts are of the whole model."""
+
+    swaps: tuple[Swap, ...]
+    ffns: tuple[FFN, ...]
+    parameters_before: int
+    ffn_parameters_before: int
+    kept: tuple[tuple[str, str], ...]  # matrices of FFNs that stay dense, with the reason
+
+    @property
+    def saved_parameters(self) -> int:
+        """Parameters that the swaps remove."""
+        return sum(s.dense_parameters - s.spec.num_parameters for s in self.swaps)
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the whole model after the swaps."""
+        return self.parameters_before - self.saved_parameters
+
+    @property
+    def ffn_params_ratio(self) -> float:
+        """Parameters of the replaced matrices, after over before."""
+        before = sum(s.dense_parameters for s in self.swaps)
+        return 1 - self.saved_parameters / before
+
+    @property
+    def params_ratio(self) -> float:
+        """Parameters of the whole model, after over before."""
+        return self.parameters_after / self.parameters_before
+
+    def bytes(self, bytes_per_parameter: int) -> tuple[int, int]:
+        """Weight bytes of the whole model before and after, at one width for every parameter."""
+        return self.parameters_before * bytes_per_parameter, self.parameters_after * bytes_per_parameter
+
+
+def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
+    """Match `recipe` to `model`. Changes nothing.
+
+    Raises `NothingMatchedError` where the recipe meets no matrix (or a pattern meets none), `AllExcludedError` where
+    every match was excluded, `AlgebraError` where n does not divide a matrix's widths (it names the matrix).
+    """
+    choice = recipe.replace if isinstance(recipe, Recipe) else recipe
+    modules = dict(model.named_modules())
+    ffns = find_ffns(model) + _matched_by_pattern(modules, choice)
+    if not ffns:
+        raise NothingMatchedError(
+            f"{type(model).__name__} has no feed-forward network of a known shape.",
+            "Name its nn.Linear modules with replace.patterns, e.g. patterns: ['*.mlp.*'], and replace.other.",
+        )
+    swaps, kept = [], []
+    for ffn in ffns:
+        for name in ffn.linears:
+            linear = modules[name]
+            assert isinstance(linear, nn.Linear)
+            layer, reason = _choose(choice, ffn, name, linear, ffns)
+            if layer is None:
+                kept.append((name, reason))
+            else:
+                swaps.append(Swap(name, ffn.name, ffn.region, _spec(layer, linear, name)))
+    if not swaps:
+        regions = ", ".join(sorted({f.region for f in ffns}))
+        raise AllExcludedError(
+            f"All {len(kept)} matching matrices of {type(model).__name__} stay dense: {kept[0][0]} is {kept[0][1]}.",
+            f"The model has FFNs in: {regions}. Change replace.{ffns[0].region}, exclude or min_weight_elements.",
+        )
+    names = {s.ffn for s in swaps}
+    return Plan(
+        tuple(swaps),
+        tuple(f for f in ffns if f.name in names),
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for f in ffns if f.region != "projector" for n in f.linears for p in modules[n].parameters()),
+        tuple(kept),
+    )
+
+
+def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace) -> tuple[FFN, ...]:
+    """Each `nn.Linear` a user's pattern names, as an FFN of its own."""
+    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+    found: dict[str, FFN] = {}
+    for pattern in choice.patterns:
+        names = [name for name in linears if fnmatchcase(name, pattern)]
+        if not names:
+            near = ", ".join(linears[:3]) or "none at all"
+            raise NothingMatchedError(
+                f"Pattern {pattern!r} matches no nn.Linear module.", f"The model's linears: {near}{', …' if linears[3:] else ''}."
+            )
+        found.update({name: FFN(name, "other", (), name) for name in names})
+    return tuple(found.values())
+
+
+def _choose(choice: Replace, ffn: FFN, name: str, linear: nn.Linear, ffns: tuple[FFN, ...]) -> tuple[Layer | None, str]:
+    """What a matrix becomes, or None with the reason."""
+    if any(fnmatchcase(name, pattern) for pattern in choice.exclude):
+        return None, "excluded"
+    if linear.in_features * linear.out_features < choice.min_weight_elements:
+        return None, f"smaller than min_weight_elements={choice.min_weight_elements}"
+    layer: Layer | None = getattr(choice, ffn.region)
+    reason = f"in region {ffn.region}, which the recipe keeps dense"
+    for rule in choice.rules:
+        region = [f.name for f in ffns if f.region == ffn.region]
+        among_last = rule.last_layers is None or ffn.name in region[-rule.last_layers :]
+        if fnmatchcase(name, rule.match) and rule.region in (None, ffn.region) and among_last:
+            layer, reason = rule.layer, f"kept dense by the rule {rule.match!r}"
+    return layer, reason
+
+
+def _spec(layer: Layer, linear: nn.Linear, name: str) -> LightSpec:
+    d, k, bias = linear.in_features, linear.out_features, linear.bias is not None
+    if layer.fraction is not None:
+        rank = rank_for(d, k, layer.fraction * d * k)
+        return LightSpec(d, k, bias, None, rank)
+    algebra = algebra_of(layer)
+    algebra.check_features(d, k, where=name)
+    spec = LightSpec(d, k, bias, algebra, layer.companion_rank)
+    if spec.num_parameters >= d * k:
+        raise PlanError(
+            f"{name} ({k}, {d}) would grow: {spec.label} has {spec.num_parameters:,} parameters, dense {d * k:,}.",
+            "Use fewer terms or products, a smaller companion_rank, or exclude the matrix.",
+        )
+    return spec
+
+
+def algebra_of(layer: Layer) -> Algebra:
+    """The algebra a recipe's `Layer` names."""
+    if layer.kind == "products":
+        return Algebra.products(layer.n or 0, layer.products)
+    if layer.kind == "learned":
+        return Algebra.learned(layer.n or 0, layer.terms)
+    return Algebra.named(layer.kind, layer.terms, layer.n)
+
+
+def matched_low_rank(swap: Swap) -> int:
+    """The rank of a low-rank layer with as many parameters as the swap's replacement (at most the full rank)."""
+    s = swap.spec
+    budget = s.num_parameters - (s.out_features if s.bias else 0)
+    return min(rank_for(s.in_features, s.out_features, budget), s.in_features, s.out_features)
+
+
+def human(count: float) -> str:
+    """1234567 → `1.23 M`."""
+    if count < 1000:
+        return f"{count:g}"
+    power = min(int(math.log10(count) / 3), 4)
+    return f"{count / 1000**power:.2f} {['', 'k', 'M', 'B', 'T'][power]}"

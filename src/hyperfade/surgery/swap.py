@@ -1,0 +1,82 @@
+"""Changing the model: everything is checked first, then modules are replaced in place."""
+
+import torch
+from torch import nn
+
+from hyperfade.errors import FitError, PlanError
+from hyperfade.nn import BlendLinear, LightSpec
+from hyperfade.surgery.plan import Plan
+
+
+def swap_(model: nn.Module, plan: Plan) -> None:
+    """Put a `BlendLinear` at α = 0 in the place of every matrix of `plan`: the model computes what it did before.
+
+    Raises `PlanError` or `FitError` before anything is changed where a matrix is missing, has another shape, or holds
+    NaN or infinite values.
+    """
+    modules = dict(model.named_modules())
+    for swap in plan.swaps:
+        linear = modules.get(swap.name)
+        if type(linear) is not nn.Linear:
+            raise PlanError(
+                f"{swap.name} is {type(linear).__name__ if linear else 'missing'}, the plan expects an nn.Linear.",
+                "Make the plan from this very model.",
+            )
+        given = (linear.in_features, linear.out_features, linear.bias is not None)
+        expected = (swap.spec.in_features, swap.spec.out_features, swap.spec.bias)
+        if given != expected:
+            raise PlanError(
+                f"{swap.name} has (in, out, bias) = {given}, the plan expects {expected}.", "Make the plan from this model."
+            )
+        if not torch.isfinite(linear.weight).all():
+            raise FitError(f"The weight of {swap.name} holds NaN or infinite values.", "Check the checkpoint.")
+    for swap in plan.swaps:
+        linear = modules[swap.name]
+        assert isinstance(linear, nn.Linear)
+        light = swap.spec.build(device=linear.weight.device, dtype=linear.weight.dtype)
+        if linear.bias is not None and light.bias is not None:
+            light.bias.data.copy_(linear.bias.data)
+        light.train(linear.training)
+        model.set_submodule(swap.name, BlendLinear(linear, light))
+
+
+def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
+    """Put fresh replacement layers in the place of the named matrices: a skeleton that a checkpoint's weights fill.
+
+    Raises `PlanError` before anything is changed where a name is missing or a shape differs.
+    """
+    modules = dict(model.named_modules())
+    for name, spec in specs.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+            raise PlanError(
+                f"The checkpoint replaces {name} ({spec.out_features}, {spec.in_features}); {type(model).__name__} has "
+                f"{linear if linear is not None else 'no such module'} there.",
+                "Load it with the class that config.json names under `architectures`.",
+            )
+    for name, spec in specs.items():
+        weight = modules[name].weight
+        assert isinstance(weight, torch.Tensor)
+        model.set_submodule(name, spec.build(device=weight.device, dtype=weight.dtype))
+
+
+def blends(model: nn.Module) -> dict[str, BlendLinear]:
+    """The fading layers of a swapped model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BlendLinear)}
+
+
+def set_alpha_(model: nn.Module, alpha: float) -> None:
+    """Set α of every fading layer: 0 is the dense model, 1 the light one. Raises `PlanError` outside [0, 1]."""
+    if not 0 <= alpha <= 1:
+        raise PlanError(f"alpha={alpha} is outside [0, 1].", "0 is all dense, 1 is all hypercomplex.")
+    for blend in blends(model).values():
+        blend.alpha = float(alpha)
+
+
+def drop_dense_(model: nn.Module) -> None:
+    """Replace every fading layer by its light branch. Raises `PlanError` where there is none."""
+    found = blends(model)
+    if not found:
+        raise PlanError(f"{type(model).__name__} has no fading layers.", "Call hyperfade.swap_(model, plan) first.")
+    for name, blend in found.items():
+        model.set_submodule(name, blend.light)
