@@ -57,7 +57,8 @@ class Algebra:
             raise AlgebraError(f"There is no algebra called {name!r}.", f"Known: {', '.join(NAMED)}, paper.")
         dimension = dimensions[name]
         if dimension is None or (n is not None and n != dimension):
-            raise AlgebraError(f"Algebra {name!r} got n={n}, its dimension is {dimension or 'needed'}.", "Give n=2, 4 or 8.")
+            wanted = dimension or "2, 4 or 8"
+            raise AlgebraError(f"Algebra {name!r} got n={n}, its dimension is {wanted}.", f"Give n={wanted}.")
         if dimension < 2 or (name == "z2" and dimension & (dimension - 1)):
             raise AlgebraError(f"Algebra {name!r} cannot have n={n}.", "z2 needs a power of two; every n is at least 2.")
         most = 4 if name == "complex" else dimension

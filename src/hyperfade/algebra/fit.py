@@ -108,14 +108,17 @@ def _fit_with_companion(target: Tensor, algebra: Algebra, moment: Tensor | None,
     for _ in range(4):
         companion = low_rank(target - kron_sum(current.mixing_matrices, current.components), rank, moment, ridge=0)
         rest = target - companion.dense()
-        current = _fit_alone(rest, algebra, None, sweeps) if moment is None else _alternate(rest, moment, current, sweeps)
+        if moment is None:
+            current = _frobenius(rest, algebra, 20 * sweeps, current)
+        else:
+            current = _alternate(rest, moment, current, sweeps)
         joint = replace(current, companion=companion)
         errors.append(output_error(target, joint.dense(), moment))
     return replace(current, companion=companion, errors=tuple(errors))
 
 
-def _frobenius(target: Tensor, algebra: Algebra, sweeps: int) -> Fit:
-    """The optimum in plain weight distance, on a compressed copy of the problem.
+def _frobenius(target: Tensor, algebra: Algebra, sweeps: int, start: Fit | None = None) -> Fit:
+    """The optimum in plain weight distance, on a compressed copy of the problem. Only P and Q need, and use, a start.
 
     Only the row space of the rearranged W (n², dk/n²) matters, and that has at most n² dimensions: for its principal
     directions V, W's coordinates in V are themselves a tiny matrix (n·n², n) in our layout, with the same optimum.
@@ -134,7 +137,7 @@ def _frobenius(target: Tensor, algebra: Algebra, sweeps: int) -> Fit:
     else:
         matrix = coordinates.view(n, n, count).permute(0, 2, 1).reshape(n * count, n)
         identity = torch.eye(n, dtype=target.dtype, device=target.device)
-        tiny = _alternate(matrix, identity, _start(algebra, matrix), sweeps)
+        tiny = _alternate(matrix, identity, start or _start(algebra, matrix), sweeps)
         mixing = tiny.mixing
         components = tiny.components.squeeze(-1) @ right
     components = components.reshape(algebra.size, target.shape[0] // n, target.shape[1] // n)

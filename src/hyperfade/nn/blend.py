@@ -1,5 +1,7 @@
 """The fade: a dense layer and its replacement side by side, mixed by α."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,10 @@ class BlendLinear(nn.Module):
         if self.alpha in (0, 1):
             return light if self.alpha else dense
         return torch.lerp(dense, light, self.alpha)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the last reconstruction carries a graph, which neither copy.deepcopy nor pickle can take along
+        return {**self.__dict__, "reconstruction": None}
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"

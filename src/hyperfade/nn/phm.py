@@ -155,7 +155,7 @@ class PHMLinear(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         if self.companion is not None:
             y = y + self.companion(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast y is half and the bias is not
 
     def _mix_in(self, x: Tensor) -> Tensor:
         """x (M, d) → (M, k) through u (M, n, t·d/n)."""
@@ -174,10 +174,10 @@ class PHMLinear(nn.Module):
     def _products(self, x: Tensor) -> Tensor:
         """x (M, d) → (M, k) through R products; tokens sit behind the blocks so that each mix is one product."""
         n, r, m = self.algebra.n, self.algebra.size, x.shape[0]
-        by_block = x.view(m, n, -1).transpose(0, 1).reshape(n, -1)
-        u = (self.Q @ by_block).view(r, m, -1)
+        by_block = x.view(m, n, self.in_features // n).transpose(0, 1).flatten(1)
+        u = (self.Q @ by_block).view(r, m, self.in_features // n)
         z = torch.bmm(u, self.T.transpose(1, 2))
-        y = (self.P.T @ z.view(r, -1)).view(n, m, -1)
+        y = (self.P.T @ z.flatten(1)).view(n, m, self.out_features // n)
         return y.transpose(0, 1).reshape(m, self.out_features)
 
     def extra_repr(self) -> str:

@@ -73,12 +73,28 @@ class LightSpec:
         """The spec written by `to_dict`. Raises `CheckpointError` for anything else."""
         try:
             algebra = fields["algebra"]
-            spec = cls(**{**fields, "algebra": None if algebra is None else Algebra(**algebra)})
+            spec = cls(**{**fields, "algebra": None if algebra is None else _algebra(algebra)})
+            widths_fit = spec.in_features > 0 and spec.out_features > 0
+            if not (widths_fit and spec.rank >= (0 if algebra else 1) and isinstance(spec.bias, bool)):
+                raise ValueError(f"impossible values in {spec}")
             with torch.device("meta"):
                 spec.build()
         except (KeyError, TypeError, ValueError, RuntimeError, HyperfadeError) as error:
             raise CheckpointError(f"Layer {where} is described wrongly: {error!r}.", "Save the checkpoint again.") from error
         return spec
+
+
+def _algebra(fields: dict[str, Any]) -> Algebra:
+    """The algebra with these fields. Its own class method makes it, so that what cannot exist is refused."""
+    given = Algebra(**fields)
+    makers = {"learned": Algebra.learned, "products": Algebra.products}
+    if given.name in makers:
+        made = makers[given.name](given.n, given.size)
+    else:
+        made = Algebra.named(given.name, given.size, given.n)
+    if made != given:
+        raise ValueError(f"{given} does not exist, {made} does")
+    return made
 
 
 def light_modules(model: nn.Module) -> dict[str, PHMLinear | LowRankLinear]:
