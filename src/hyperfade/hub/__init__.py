@@ -1,0 +1,37 @@
+"""Checkpoints: save, load, and the Hugging Face plug-in."""
+
+from hyperfade.hub.checkpoint import (
+    EMBEDDED,
+    EMBEDDED_FOLDER,
+    fold_,
+    load,
+    load_config,
+    load_processor,
+    mark_,
+    resolve,
+    round_,
+    save,
+    skeleton,
+    write_folder,
+)
+from hyperfade.hub.integrity import verify_checkpoint, verify_safetensors
+from hyperfade.hub.quantizer import HyperfadeConfig, HyperfadeQuantizer
+
+__all__ = [
+    "EMBEDDED",
+    "EMBEDDED_FOLDER",
+    "HyperfadeConfig",
+    "HyperfadeQuantizer",
+    "fold_",
+    "load",
+    "load_config",
+    "load_processor",
+    "mark_",
+    "resolve",
+    "round_",
+    "save",
+    "skeleton",
+    "verify_checkpoint",
+    "verify_safetensors",
+    "write_folder",
+]

@@ -1,0 +1,165 @@
+"""Saving and loading. A compressed model is a normal Hugging Face folder; nothing is ever half-written.
+
+A folder is written beside its final place and renamed, so a full disk or a kill leaves what was there before.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from hyperfade.errors import CheckpointError, OutputError
+from hyperfade.hub.integrity import verify_checkpoint
+from hyperfade.hub.quantizer import HyperfadeConfig, HyperfadeQuantizer
+from hyperfade.nn import LightSpec, light_modules
+from hyperfade.surgery import drop_dense_
+
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "easy-vqa-llava"
+
+
+def fold_(model: nn.Module) -> None:
+    """Drop the dense branches of a faded model and mark it: `save_pretrained` then writes a loadable checkpoint."""
+    drop_dense_(model)
+    mark_(model)
+
+
+def mark_(model: nn.Module) -> None:
+    """Write what the model's layers are into its config, where `from_pretrained` looks for it."""
+    if not isinstance(model, PreTrainedModel):
+        return  # a plain nn.Module has no config: its owner saves the state dict
+    config = HyperfadeConfig({name: LightSpec.of(layer).to_dict() for name, layer in light_modules(model).items()})
+    model.config.quantization_config = config
+    model.hf_quantizer = HyperfadeQuantizer(config)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+
+
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    processor: Any = None,
+    *,
+    storage_dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write model and processor to `folder`, atomically: it is complete or it is as it was.
+
+    storage_dtype: what a compressed model's weights are stored in [default: what they are]. Loading gives the model's
+    present dtype back, so call `round_` with it first where the saved model must equal this one bit for bit.
+    Raises `OutputError` where the disk is full or the folder cannot be written.
+    """
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target, max_shard_size=shard_bytes)
+        if processor is not None:
+            processor.save_pretrained(target)
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, HyperfadeQuantizer):
+        quantizer.storage_dtype = storage_dtype
+    write_folder(folder, write)
+
+
+@torch.no_grad()
+def round_(model: nn.Module, storage_dtype: torch.dtype) -> None:
+    """Round every floating-point weight to what `storage_dtype` can hold, keeping its present dtype."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(storage_dtype))
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary folder and rename it to `folder`; on failure `folder` is as it was.
+
+    Raises `OutputError` that names the folder where the system refuses (full disk, no permission).
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        if isinstance(error, OSError) or "No space left" in str(error):  # safetensors reports a full disk in its own type
+            raise OutputError(f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost.") from error
+        raise
+
+
+def resolve(model: str) -> str:
+    """The folder or hub name behind what a user typed: `embedded` is the model that ships with hyperfade."""
+    return str(EMBEDDED_FOLDER) if model == EMBEDDED else model
+
+
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a missing or unreadable checkpoint into a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"Cannot load {name!r}: {first_line}", "Give a checkpoint folder, a hub name or `embedded`.") from error
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config alone: from a folder, a hub name, `embedded`, or a config.json file."""
+    path = Path(resolve(name))
+    with clear_errors(name):
+        if path.suffix == ".json" and path.is_file():
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return AutoConfig.from_pretrained(str(path))
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """The model of `load_config(name)` on the meta device: shapes without memory."""
+    config = load_config(name)
+    with torch.device("meta"), clear_errors(name):
+        return auto_class(config).from_config(config)
+
+
+def load(name: str, dtype: str = "auto", device_map: Any = None) -> PreTrainedModel:
+    """A model, dense or compressed, in evaluation mode. Folders are checked for missing or damaged files first."""
+    source = resolve(name)
+    if Path(source).is_dir():
+        verify_checkpoint(Path(source))
+    with clear_errors(name):
+        config = AutoConfig.from_pretrained(source)
+        return auto_class(config).from_pretrained(source, dtype=dtype, device_map=device_map).eval()
+
+
+def load_processor(name: str) -> Any:
+    """The checkpoint's processor; for a text-only model its tokenizer."""
+    source = resolve(name)
+    with clear_errors(name):
+        if auto_class(AutoConfig.from_pretrained(source)) is AutoModelForCausalLM:
+            return AutoTokenizer.from_pretrained(source)
+        return AutoProcessor.from_pretrained(source)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """AutoModelForImageTextToText where the config has a vision side, else AutoModelForCausalLM."""
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
