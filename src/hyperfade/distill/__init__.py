@@ -1,0 +1,24 @@
+"""Calibrate and fit, then fade and polish."""
+
+from hyperfade.distill.calibrate import LayerFit, fit_
+from hyperfade.distill.loop import StepReport, Summary, distill_
+from hyperfade.distill.schedule import alpha_at, fade_progress, kd_weight_at, learning_rate_factor, total_steps
+from hyperfade.distill.state import data_order, latest_step
+from hyperfade.distill.teacher import teacher_of, unshare_
+
+__all__ = [
+    "LayerFit",
+    "StepReport",
+    "Summary",
+    "alpha_at",
+    "data_order",
+    "distill_",
+    "fade_progress",
+    "fit_",
+    "kd_weight_at",
+    "latest_step",
+    "learning_rate_factor",
+    "teacher_of",
+    "total_steps",
+    "unshare_",
+]

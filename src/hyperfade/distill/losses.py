@@ -1,0 +1,62 @@
+"""The three losses, on the assistant's tokens: (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperfade.nn import BlendLinear
+
+IGNORED = -100  # the label of tokens that carry no loss, as everywhere in transformers
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalars with gradients; `kl` holds the factor T² already."""
+
+    cross_entropy: Tensor
+    kl: Tensor
+    reconstruction: Tensor
+
+    def total(self, kd_weight: float, reconstruction_weight: float) -> Tensor:
+        """The loss to minimise; a term with weight 0 takes no part, not even in the graph."""
+        loss = torch.zeros((), device=self.cross_entropy.device)
+        for weight, term in (
+            (1 - kd_weight, self.cross_entropy),
+            (kd_weight, self.kl),
+            (reconstruction_weight, self.reconstruction),
+        ):
+            if weight:
+                loss = loss + weight * term
+        return loss
+
+
+def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The predictions that carry loss: logits (batch, length, vocabulary), labels (batch, length) → float32 logits
+    (tokens, vocabulary) and their targets (tokens,). The prediction at one position is for the next."""
+    targets = labels[:, 1:]
+    mask = targets != IGNORED
+    return logits[:, -labels.shape[1] : -1][mask].float(), targets[mask]
+
+
+def cross_entropy(student: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross-entropy over tokens: student logits (tokens, vocabulary), targets (tokens,)."""
+    return F.cross_entropy(student, targets, label_smoothing=label_smoothing)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher ‖ student) at temperature T, mean over tokens; both float32 logits (tokens, vocabulary)."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, dim=-1),
+        F.log_softmax(teacher / temperature, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def mean_reconstruction(blends: Iterable[BlendLinear], device: torch.device) -> Tensor:
+    """Mean over layers of the relative output error that the last forward pass left; 0 where nothing was measured."""
+    measured = [blend.reconstruction for blend in blends if blend.reconstruction is not None]
+    return torch.stack(measured).mean() if measured else torch.zeros((), device=device)
