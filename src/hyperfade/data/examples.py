@@ -23,7 +23,7 @@ ROW_HINT = (
     ' this?"}]}, {"role": "assistant", "content": "a cat"}], "images": ["cat.png"]}.'
 )
 # Pillow also opens formats that run a program (EPS starts Ghostscript); data from elsewhere must not be able to.
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Two letters at least, so that C:\cat.png is a path.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 

@@ -184,13 +184,15 @@ def _open_dataset(argument: str) -> tuple[str, int, Callable[[int], Example], It
 
 
 def _load_dataset(place: str, split: str) -> Any:
-    import datasets  # here, because the import takes a second that other sources need not pay
+    # Imported here, because it takes a second that other sources need not pay.
+    import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         if not (Path(place) / "state.json").exists() and not (Path(place) / "dataset_dict.json").exists():
             return datasets.load_dataset(place, split=split)
         saved = datasets.load_from_disk(place)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         hint = (
             "Give a folder written by save_to_disk or a name that datasets.load_dataset knows, and one of its splits."
         )
@@ -198,7 +200,7 @@ def _load_dataset(place: str, split: str) -> Any:
     if not isinstance(saved, datasets.DatasetDict):
         return saved
     if split not in saved:
-        raise DataError(f"datasets:{place} has no split {split!r}.", f"Its splits are {', '.join(saved)}.")
+        raise DataError(f"datasets:{place} has no split {split!r}.", f"Its splits are {', '.join(map(str, saved))}.")
     return saved[split]
 
 
@@ -207,12 +209,23 @@ def _read_table_row(table: Any, name: str, folder: Path, row: int) -> Example:
 
 
 def _rows_without_pixels(table: Any, name: str, folder: Path) -> Iterator[Callable[[], Example]]:
-    """A reader per row with a stand-in for every image: checking the text need not copy gigabytes of pixels."""
-    columns = [column for column in table.column_names if column != "images"]
+    """A reader per row with a stand-in for every embedded image: checking need not copy gigabytes of pixels."""
+    texts = [column for column in table.column_names if column != "images"]
     number = 0
     for batch in table.iter(_ROWS_PER_CHECK):
         lists = batch.column("images") if "images" in batch.column_names else [None] * len(batch)
-        for fields, images in zip(batch.select(columns).to_pylist(), lists, strict=True):
-            fields["images"] = [b"-"] * len(images) if images is not None and images.is_valid else []
+        for fields, images in zip(batch.select(texts).to_pylist(), lists, strict=True):
+            fields["images"] = _without_pixels(images)
             yield partial(read_row, fields, f"{name} row {number}", folder)
             number += 1
+
+
+def _without_pixels(images: Any) -> list[Any]:
+    """The entries of an Arrow list of images: paths as they are, one byte for the bytes of an embedded image."""
+    if images is None or not images.is_valid:
+        return []
+    entries = images.values
+    if not hasattr(entries, "field"):  # not {"bytes", "path"} but, say, text
+        return entries.to_pylist()
+    paths, embedded = entries.field("path").to_pylist(), entries.field("bytes").is_valid().to_pylist()
+    return [{"bytes": b"-" if inside else None, "path": path} for inside, path in zip(embedded, paths, strict=True)]
