@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -193,7 +194,11 @@ NAMES = tuple(_BUILDERS)
 
 @cache
 def family(name: str) -> Family:
-    return _BUILDERS[name]()
+    try:
+        return _BUILDERS[name]()
+    except ImportError as error:
+        # Transformers 5.17 wants torchvision for the image processor of Idefics3, later versions Pillow alone.
+        pytest.skip(str(error))
 
 
 @cache
