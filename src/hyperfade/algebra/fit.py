@@ -95,9 +95,12 @@ def fit(
 
 
 def _fit_alone(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: int) -> Fit:
+    plain = _frobenius(target, algebra, 20 * sweeps)
     if moment is None:
-        return _frobenius(target, algebra, 20 * sweeps)
-    return _alternate(target, moment, _frobenius(target, algebra, sweeps), sweeps)
+        return plain
+    # the plain optimum may leave blocks of the input out, which in expected output is no place to start from
+    own = [_start(algebra, target)] if algebra.learned else []
+    return _alternate(target, moment, [plain, *own], sweeps)
 
 
 def _fit_with_companion(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: int, rank: int) -> Fit:
@@ -111,7 +114,7 @@ def _fit_with_companion(target: Tensor, algebra: Algebra, moment: Tensor | None,
         if moment is None:
             current = _frobenius(rest, algebra, 20 * sweeps, current)
         else:
-            current = _alternate(rest, moment, current, sweeps)
+            current = _alternate(rest, moment, [current], sweeps)
         joint = replace(current, companion=companion)
         errors.append(output_error(target, joint.dense(), moment))
     return replace(current, companion=companion, errors=tuple(errors))
@@ -137,7 +140,7 @@ def _frobenius(target: Tensor, algebra: Algebra, sweeps: int, start: Fit | None 
     else:
         matrix = coordinates.view(n, n, count).permute(0, 2, 1).reshape(n * count, n)
         identity = torch.eye(n, dtype=target.dtype, device=target.device)
-        tiny = _alternate(matrix, identity, start or _start(algebra, matrix), sweeps)
+        tiny = _alternate(matrix, identity, [start or _start(algebra, matrix)], sweeps)
         mixing = tiny.mixing
         components = tiny.components.squeeze(-1) @ right
     components = components.reshape(algebra.size, target.shape[0] // n, target.shape[1] // n)
@@ -154,15 +157,18 @@ def _start(algebra: Algebra, target: Tensor) -> Fit:
     return Fit(algebra, torch.empty(0), algebra.structure().to(**like), None, None, None, ())
 
 
-def _alternate(target: Tensor, moment: Tensor, start: Fit, sweeps: int) -> Fit:
-    """Alternating least squares from `start`; stops early when nothing is gained, and returns the best sweep."""
-    n = start.algebra.n
+def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -> Fit:
+    """Alternating least squares from the best of `starts` (their mixing); stops early when nothing is gained."""
+    algebra = starts[0].algebra
+    n = algebra.n
     m = target.shape[1] // n
     moment4 = moment.view(n, m, n, m)
     cross = blocks(target @ moment, n)
-    best = _update_components(start, moment4, cross)
-    errors = [output_error(target, best.dense(), moment)]
-    for _ in range(sweeps if start.algebra.learned else 0):
+    solved = [_update_components(start, moment4, cross) for start in starts]
+    firsts = [output_error(target, candidate.dense(), moment) for candidate in solved]
+    errors = [min(firsts)]
+    best = solved[firsts.index(errors[0])]
+    for _ in range(sweeps if algebra.learned else 0):
         current = _update_components(_update_mixing(best, moment4, cross), moment4, cross)
         error = output_error(target, current.dense(), moment)
         if not error < errors[-1]:
