@@ -7,6 +7,7 @@ Every field has its help text beside it; `hyperfade compress --help` and the doc
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -91,7 +92,9 @@ class Replace(_Section):
     @model_validator(mode="after")
     def _patterns_have_a_layer(self) -> Self:
         if bool(self.patterns) != (self.other is not None):
-            raise ValueError("patterns and other come together: patterns say which nn.Linear, other says what they become")
+            raise ValueError(
+                "patterns and other come together: patterns say which nn.Linear, other says what they become"
+            )
         return self
 
 
@@ -161,7 +164,9 @@ class Recipe(_Section):
     output: Path = Field(Path("runs/compressed"), description="folder for the checkpoint, results and report")
     seed: int = Field(0, ge=0, description="seed of everything random")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype the model runs in")
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype on disk [default: dtype]")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype on disk [default: dtype]"
+    )
     replace: Replace = Replace()
     fit: Fit = Fit()
     train: Train = Train()
@@ -181,9 +186,13 @@ class Recipe(_Section):
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             shipped = ", ".join(sorted(p.stem for p in SHIPPED_RECIPES.glob("*.yaml")))
-            raise RecipeError(f"Cannot read recipe {str(source)!r}: {error}", f"Give a YAML file or one of: {shipped}.") from error
+            raise RecipeError(
+                f"Cannot read recipe {str(source)!r}: {error}", f"Give a YAML file or one of: {shipped}."
+            ) from error
         except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}", "Check indentation and colons there.") from error
+            raise RecipeError(
+                f"{path} is not YAML: {' '.join(str(error).split())}", "Check indentation and colons there."
+            ) from error
         return cls.parse(fields or {}, where=str(path))
 
     @classmethod
@@ -206,3 +215,19 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The complete recipe, defaults included, as YAML that `load` reads back."""
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+
+
+def describe() -> list[str]:
+    """Every key of a recipe with its default and its meaning, one per line."""
+    return list(_described(Recipe, ""))
+
+
+def _described(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if field.description is None:  # a section of its own
+            assert isinstance(field.annotation, type)
+            yield from _described(field.annotation, f"{prefix}{name}.")
+            continue
+        default = field.get_default()
+        shown = default.model_dump(exclude_defaults=True) if isinstance(default, BaseModel) else default
+        yield f"{prefix}{name}: {field.description} [default: {shown}]"

@@ -60,7 +60,9 @@ class Algebra:
             wanted = dimension or "2, 4 or 8"
             raise AlgebraError(f"Algebra {name!r} got n={n}, its dimension is {wanted}.", f"Give n={wanted}.")
         if dimension < 2 or (name == "z2" and dimension & (dimension - 1)):
-            raise AlgebraError(f"Algebra {name!r} cannot have n={n}.", "z2 needs a power of two; every n is at least 2.")
+            raise AlgebraError(
+                f"Algebra {name!r} cannot have n={n}.", "z2 needs a power of two; every n is at least 2."
+            )
         most = 4 if name == "complex" else dimension
         size = dimension if terms is None else terms
         if not 1 <= size <= most:
@@ -167,7 +169,9 @@ def orthogonal_rows(n: int) -> Tensor:
 
 def _check_size(what: str, n: int, size: int) -> None:
     if n < 2 or not 1 <= size <= n * n:
-        raise AlgebraError(f"n={n} with {what}={size} is impossible.", f"n is at least 2, {what} between 1 and n² = {n * n}.")
+        raise AlgebraError(
+            f"n={n} with {what}={size} is impossible.", f"n is at least 2, {what} between 1 and n² = {n * n}."
+        )
 
 
 def _cayley_dickson(n: int) -> Tensor:

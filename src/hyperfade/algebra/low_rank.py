@@ -34,18 +34,33 @@ def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None, *, 
     if not torch.isfinite(target).all():
         raise FitError(f"The weight ({k}, {d}) holds NaN or infinite values.", "Check the checkpoint it came from.")
     moment = conditioned(second_moment, d, ridge, target.device)
-    if moment is None:
-        u, s, vh = torch.linalg.svd(target, full_matrices=False)
-        expand, reduce = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vh[:rank]
-    else:
-        values, vectors = torch.linalg.eigh(moment)
-        values = values.clamp_min(values[-1] * 1e-14)
-        # the left singular vectors of W C^½ span the best outputs; projecting W on them needs no inverse of C
-        u, _, _ = torch.linalg.svd(target @ (vectors * values.sqrt()), full_matrices=False)
-        expand = u[:, :rank]
-        reduce = expand.T @ target
+    expand = _best_outputs(target, moment, rank)
+    reduce = expand.T @ target
     fit = LowRankFit(expand, reduce, 0.0)
     return LowRankFit(expand, reduce, output_error(target, fit.dense(), moment))
+
+
+def _best_outputs(target: Tensor, moment: Tensor | None, rank: int) -> Tensor:
+    """Orthonormal (k, rank): the left singular vectors of W C^½. Projecting W on them needs no inverse of C.
+
+    They are eigenvectors of W C Wᵀ (k, k); where d < k, a (d, d) problem gives them with less work.
+    """
+    k, d = target.shape
+    if k <= d:
+        outer = target @ target.T if moment is None else target @ moment @ target.T
+        return torch.linalg.eigh(outer).eigenvectors[:, -rank:].flip(1)
+    root = target if moment is None else target @ _square_root(moment)
+    inner = torch.linalg.eigh(root.T @ root).eigenvectors[:, -rank:].flip(1)
+    return torch.linalg.qr(root @ inner).Q
+
+
+def _square_root(moment: Tensor) -> Tensor:
+    """L with L Lᵀ = C: Cholesky, or from eigenvectors where C is only semidefinite."""
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if info == 0:
+        return factor
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def rank_for(in_features: int, out_features: int, num_parameters: float) -> int:

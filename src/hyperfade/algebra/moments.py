@@ -46,7 +46,9 @@ def conditioned(second_moment: Tensor | None, features: int, ridge: float, devic
         )
     moment = second_moment.detach().to(device=device, dtype=torch.float64)
     if not torch.isfinite(moment).all():
-        raise FitError("The second moment holds NaN or infinite values.", "Check the model's activations in this dtype.")
+        raise FitError(
+            "The second moment holds NaN or infinite values.", "Check the model's activations in this dtype."
+        )
     scale = moment.diagonal().mean()
     if scale <= 0:
         return None

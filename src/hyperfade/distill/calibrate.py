@@ -164,7 +164,9 @@ def _second_moment(model: nn.Module, layer: nn.Module, batches: Sequence[Batch])
 def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
     """The plan's FFNs in the order one forward pass meets them: the order that gives every layer its prefix."""
     if not batches:
-        raise FitError("A calibrated fit needs calibration batches, got none.", "Give data, or take fit.method: frobenius.")
+        raise FitError(
+            "A calibrated fit needs calibration batches, got none.", "Give data, or take fit.method: frobenius."
+        )
     met: list[str] = []
     by_first_layer = {next(name for name in f.linears if name in {s.name for s in plan.swaps}): f for f in plan.ffns}
     layers = blends(model)

@@ -12,7 +12,7 @@ checkpoint and continue as if nothing had happened.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl
 from hyperfade.distill.schedule import alpha_at, kd_weight_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import data_order, latest_step, load_state, save_state
 from hyperfade.errors import TrainingError
-from hyperfade.nn import light_modules
+from hyperfade.nn import BlendLinear, light_modules
 from hyperfade.recipe import Train
 from hyperfade.surgery import blends, drop_dense_
 
@@ -73,12 +73,7 @@ def distill_(
     state in it is continued from. Parameters with requires_grad outside the light layers train at the dense rate.
     Raises `TrainingError` when the loss is not finite; the last state stays as it is.
     """
-    accelerator = Accelerator(
-        mixed_precision=train.mixed_precision,
-        gradient_accumulation_steps=train.accumulation,
-        log_with=list(train.trackers) or None,
-        project_dir=str(folder),
-    )
+    accelerator = Accelerator(mixed_precision="no", log_with=list(train.trackers) or None, project_dir=str(folder))
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
     optimizer, peaks = _optimizer(student, train)
@@ -100,7 +95,7 @@ def distill_(
         sums = torch.zeros(4)
         for _ in range(train.accumulation):
             batch = {k: v.to(accelerator.device) for k, v in batch_of(list(islice(order, train.batch_size))).items()}
-            terms = _losses(student_forward, teacher_forward, batch, train, accelerator, blends(student).values())
+            terms = _losses(student_forward, teacher_forward, batch, train, blends(student).values())
             loss = terms.total(kd_weight_at(step, train), train.reconstruction_weight)
             sums += torch.stack([loss, terms.cross_entropy, terms.kl, terms.reconstruction]).detach().cpu()
             _check_finite(loss, step, folder)
@@ -123,7 +118,6 @@ def distill_(
             save_state(folder, step + 1, student, optimizer)
     metrics.close()
     _prepare_branches(student, steps, train)
-    accelerator.unwrap_model(student_forward, keep_fp32_wrapper=False)
     accelerator.end_training()
     student.eval()
     return Summary(steps, first, time.perf_counter() - began)
@@ -153,14 +147,15 @@ def _prepare_branches(student: nn.Module, step: int, train: Train) -> None:
         blend.measure_reconstruction = train.reconstruction_weight > 0
 
 
-def _losses(
-    student: Any, teacher: Any, batch: Batch, train: Train, accelerator: Accelerator, fading: Any
-) -> LossTerms:
+def _losses(student: Any, teacher: Any, batch: Batch, train: Train, fading: Iterable[BlendLinear]) -> LossTerms:
     labels = batch.pop("labels")
-    logits, targets = answer_logits(student(**batch).logits, labels)
+    # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
+    autocast = torch.autocast(labels.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16")
+    with autocast:
+        logits, targets = answer_logits(student(**batch).logits, labels)
     kl = torch.zeros((), device=logits.device)
     if train.kd_weight:
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), autocast:
             wanted, _ = answer_logits(teacher(**batch).logits, labels)
         kl = kl_divergence(logits, wanted, train.temperature)
     return LossTerms(

@@ -1,5 +1,6 @@
 """Checkpoints: save, load, and the Hugging Face plug-in."""
 
+from hyperfade.hub.card import card, table
 from hyperfade.hub.checkpoint import (
     EMBEDDED,
     EMBEDDED_FOLDER,
@@ -12,6 +13,7 @@ from hyperfade.hub.checkpoint import (
     round_,
     save,
     skeleton,
+    takes_images,
     write_folder,
 )
 from hyperfade.hub.integrity import verify_checkpoint, verify_safetensors
@@ -22,6 +24,7 @@ __all__ = [
     "EMBEDDED_FOLDER",
     "HyperfadeConfig",
     "HyperfadeQuantizer",
+    "card",
     "fold_",
     "load",
     "load_config",
@@ -31,6 +34,8 @@ __all__ = [
     "round_",
     "save",
     "skeleton",
+    "table",
+    "takes_images",
     "verify_checkpoint",
     "verify_safetensors",
     "write_folder",

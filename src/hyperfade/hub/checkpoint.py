@@ -104,8 +104,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        if isinstance(error, OSError) or "No space left" in str(error):  # safetensors reports a full disk in its own type
-            raise OutputError(f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost.") from error
+        if isinstance(error, OSError) or "No space left" in str(
+            error
+        ):  # safetensors reports a full disk in its own type
+            raise OutputError(
+                f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost."
+            ) from error
         raise
 
 
@@ -121,7 +125,9 @@ def clear_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"Cannot load {name!r}: {first_line}", "Give a checkpoint folder, a hub name or `embedded`.") from error
+        raise CheckpointError(
+            f"Cannot load {name!r}: {first_line}", "Give a checkpoint folder, a hub name or `embedded`."
+        ) from error
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -162,4 +168,9 @@ def load_processor(name: str) -> Any:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """AutoModelForImageTextToText where the config has a vision side, else AutoModelForCausalLM."""
-    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+
+
+def takes_images(config: PretrainedConfig) -> bool:
+    """Whether models of this config answer in text about images."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

@@ -13,7 +13,9 @@ _AGAIN = "Copy or download the checkpoint again."
 def verify_checkpoint(folder: Path) -> None:
     """Raise `CheckpointError` unless `folder` has a config and every safetensors file it needs, whole."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder.", "Give the folder that holds it.")
+        raise CheckpointError(
+            f"{folder} has no config.json: it is not a checkpoint folder.", "Give the folder that holds it."
+        )
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         verify_safetensors([folder / "model.safetensors"])

@@ -85,7 +85,8 @@ class HyperfadeQuantizer(HfQuantizer):
         """Refuse to `quantize on load`: compression needs calibration and training."""
         if not self.pre_quantized:
             raise CheckpointError(
-                "A HyperfadeConfig was passed for a dense checkpoint.", "Compress it first: hyperfade compress --model ..."
+                "A HyperfadeConfig was passed for a dense checkpoint.",
+                "Compress it first: hyperfade compress --model ...",
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

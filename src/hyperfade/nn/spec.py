@@ -80,7 +80,9 @@ class LightSpec:
             with torch.device("meta"):
                 spec.build()
         except (KeyError, TypeError, ValueError, RuntimeError, HyperfadeError) as error:
-            raise CheckpointError(f"Layer {where} is described wrongly: {error!r}.", "Save the checkpoint again.") from error
+            raise CheckpointError(
+                f"Layer {where} is described wrongly: {error!r}.", "Save the checkpoint again."
+            ) from error
         return spec
 
 

@@ -1,7 +1,7 @@
 """Where the FFNs are, what becomes of them, and the change itself."""
 
 from hyperfade.surgery.basis import energy_order, permute_hidden_
-from hyperfade.surgery.families import FFN, find_ffns
+from hyperfade.surgery.families import FFN, find_ffns, region_of
 from hyperfade.surgery.plan import Plan, Swap, human, matched_low_rank, plan
 from hyperfade.surgery.swap import blends, drop_dense_, install_, set_alpha_, swap_
 
@@ -18,6 +18,7 @@ __all__ = [
     "matched_low_rank",
     "permute_hidden_",
     "plan",
+    "region_of",
     "set_alpha_",
     "swap_",
 ]

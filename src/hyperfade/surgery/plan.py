@@ -122,7 +122,8 @@ def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace) -> tuple
         if not names:
             near = ", ".join(linears[:3]) or "none at all"
             raise NothingMatchedError(
-                f"Pattern {pattern!r} matches no nn.Linear module.", f"The model's linears: {near}{', …' if linears[3:] else ''}."
+                f"Pattern {pattern!r} matches no nn.Linear module.",
+                f"The model's linears: {near}{', …' if linears[3:] else ''}.",
             )
         found.update({name: FFN(name, "other", (), name) for name in names})
     return tuple(found.values())

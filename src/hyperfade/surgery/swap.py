@@ -26,7 +26,8 @@ def swap_(model: nn.Module, plan: Plan) -> None:
         expected = (swap.spec.in_features, swap.spec.out_features, swap.spec.bias)
         if given != expected:
             raise PlanError(
-                f"{swap.name} has (in, out, bias) = {given}, the plan expects {expected}.", "Make the plan from this model."
+                f"{swap.name} has (in, out, bias) = {given}, the plan expects {expected}.",
+                "Make the plan from this model.",
             )
         if not torch.isfinite(linear.weight).all():
             raise FitError(f"The weight of {swap.name} holds NaN or infinite values.", "Check the checkpoint.")
@@ -48,7 +49,10 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+        if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (
+            spec.in_features,
+            spec.out_features,
+        ):
             raise PlanError(
                 f"The checkpoint replaces {name} ({spec.out_features}, {spec.in_features}); {type(model).__name__} has "
                 f"{linear if linear is not None else 'no such module'} there.",

@@ -1,0 +1,5 @@
+"""`python -m hyperfade`."""
+
+from hyperfade.cli import main
+
+main()

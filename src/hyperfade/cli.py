@@ -1,0 +1,207 @@
+"""The command line: thin commands over the library. Heavy imports happen inside the commands, so `--help` is instant."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from hyperfade.errors import HyperfadeError, RecipeError
+
+app = typer.Typer(
+    name="hyperfade",
+    help="Make vision-language models smaller and faster: dense feed-forward layers fade out, hypercomplex ones fade in.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A YAML file, or a recipe that ships: quarter, half, paper, demo.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Change one key, e.g. --set train.polish_steps=500. Repeatable.")
+]
+DataOption = Annotated[
+    str, typer.Option(help="Questions with answers: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT].")
+]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of every command; `main` reads --debug itself."""
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub name, config.json file, or `embedded`.")
+    ] = "embedded",
+    recipe: RecipeOption = "quarter",
+    changes: SetOption = None,
+    bits: Annotated[int, typer.Option(help="Bits per parameter for the byte counts (a multiple of 8).")] = 16,
+) -> None:
+    """Print what a recipe would replace, and what it saves. Needs the model's config only, and changes nothing."""
+    from hyperfade.hub import skeleton
+    from hyperfade.report import plan_lines
+    from hyperfade.surgery import plan
+
+    chosen = _recipe(recipe, changes)
+    typer.echo("\n".join(plan_lines(plan(skeleton(model), chosen), bits // 8)))
+
+
+@app.command()
+def compress(
+    recipe: RecipeOption = "quarter",
+    model: Annotated[
+        str | None, typer.Option(help="Overrides the recipe's model: folder, hub name or `embedded`.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Overrides the recipe's output folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    changes: SetOption = None,
+) -> None:
+    """Compress a model: fit, fade, polish, save, measure. Run it again to continue after an interruption."""
+    from hyperfade import pipeline
+
+    direct = {"model": model, "output": output, "seed": seed}
+    pipeline.compress(_recipe(recipe, changes, {k: v for k, v in direct.items() if v is not None}), _say)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint, results.json, report.md and plots.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Compress the model that ships with hyperfade to a quarter of its FFN parameters, beside two rivals."""
+    from hyperfade import pipeline
+
+    pipeline.compress(_recipe("demo", None, {"output": output}), _say)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, dense or compressed, or `embedded`.")] = "embedded",
+    data: DataOption = "easy-vqa:test",
+    limit: Annotated[int | None, typer.Option(help="Only this many questions, a seeded sample [default: all].")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+    dtype: Annotated[Dtype, typer.Option(help="What the model runs in.")] = "float32",
+    on_bad_sample: Annotated[
+        Literal["error", "skip"], typer.Option(help="Stop at a bad sample, or count it.")
+    ] = "error",
+) -> None:
+    """Measure exact match of a model's greedy answers, overall and by kind of question."""
+    from hyperfade.hub import load, load_processor
+    from hyperfade.measure import evaluate as measure
+
+    quality = measure(
+        load(model, dtype),
+        load_processor(model),
+        data,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        on_bad_sample=on_bad_sample,
+        on_batch=lambda done, total: typer.echo(f"\r{done}/{total} questions", nl=done >= total, err=True),
+    )
+    for kind, score in {"all": quality.overall, **quality.by_kind}.items():
+        typer.echo(f"{kind:12} {score.accuracy:7.2%}  (95 %: {score.low:.2%} to {score.high:.2%})  of {score.count}")
+    for where, reason in quality.skipped:
+        typer.echo(f"left out: {where}: {reason}")
+
+
+@app.command()
+def benchmark(
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoint folders (or `embedded`); the first is the reference.")
+    ],
+    data: DataOption = "easy-vqa:test",
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds; medians and quartiles are over rounds.")] = 15,
+    dtype: Annotated[Dtype, typer.Option(help="What the models run in.")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+) -> None:
+    """Time prefill and decode of several models side by side, in one run."""
+    from dataclasses import asdict
+
+    from hyperfade.data import Collator, open_source
+    from hyperfade.hub import load, load_processor
+    from hyperfade.measure import compare_speed, machine
+    from hyperfade.workspace import write_json
+
+    loaded = {name: load(name, dtype) for name in models}
+    source = open_source(data)
+    prompt = Collator(load_processor(models[0]), max_tokens=10**6).prompt_batch([source[i] for i in range(batch_size)])
+    first = loaded[models[0]]
+    prompt = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in prompt.items()}
+    speeds = compare_speed(loaded, prompt, new_tokens=new_tokens, rounds=rounds)
+    for name, speed in speeds.items():
+        typer.echo(
+            f"{name}: prefill {1e3 * speed.prefill_seconds:.1f} ms ({speed.prefill_speedup:.2f}×, quartiles "
+            f"{speed.prefill_speedup_range[0]:.2f}-{speed.prefill_speedup_range[1]:.2f}), decode "
+            f"{1e3 * speed.decode_seconds_per_token:.2f} ms/token ({speed.decode_speedup:.2f}×, quartiles "
+            f"{speed.decode_speedup_range[0]:.2f}-{speed.decode_speedup_range[1]:.2f})"
+        )
+    if output is not None:
+        facts = {"dtype": dtype, "batch_size": batch_size, "new_tokens": new_tokens, "rounds": rounds}
+        write_json(output, {"machine": machine(), **facts, "models": {n: asdict(s) for n, s in speeds.items()}})
+
+
+@app.command()
+def recipe(
+    name: Annotated[
+        str, typer.Argument(help="A YAML file, or a recipe that ships: quarter, half, paper, demo.")
+    ] = "quarter",
+    keys: Annotated[bool, typer.Option("--keys", help="List every key with its meaning and default instead.")] = False,
+) -> None:
+    """Print a complete recipe, defaults included, to start your own from; or every key with its meaning."""
+    from hyperfade.recipe import Recipe, describe
+
+    typer.echo("\n".join(describe()) if keys else Recipe.load(name).to_yaml())
+
+
+def _recipe(source: str, changes: list[str] | None, direct: dict[str, Any] | None = None) -> Any:
+    """The recipe with --set changes and direct options applied."""
+    from hyperfade.recipe import Recipe
+
+    loaded = Recipe.load(source)
+    fields = loaded.model_dump()
+    for change in changes or []:
+        key, equals, text = change.partition("=")
+        *path, last = key.split(".")
+        section = fields
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict):
+            raise RecipeError(
+                f"--set {change}: there is no section {'.'.join(path)!r}.", "Write --set section.key=value."
+            )
+        section[last] = yaml.safe_load(text)
+    return Recipe.parse({**fields, **(direct or {})}, where=source)
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run a command; an error of ours is two lines, and Ctrl-C says how to go on."""
+    debug = "--debug" in sys.argv
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except HyperfadeError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error.message}\n{error.hint}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. Run the same command again to continue from the last checkpoint.", err=True)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""What others already do well, joined on."""

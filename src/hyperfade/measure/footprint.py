@@ -1,0 +1,31 @@
+"""How big: parameters, bytes, floating-point operations."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers in memory, shared ones counted once."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a checkpoint folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def forward_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Floating-point operations of one forward pass (a multiply-add is two), counted by torch."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(**batch)
+    return counter.get_total_flops()

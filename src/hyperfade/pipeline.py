@@ -1,0 +1,278 @@
+"""From a recipe to a finished model: plan, fit, fade, polish, fold, save, reload, measure, report.
+
+    results = compress(Recipe.load("demo"))
+
+Every stage leaves its result in the output folder and is skipped where it is there already, so the same call continues
+an interrupted run. Rivals of the recipe go through the same stages with the same data and budget.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperfade.compose.lora import add_lora_, merge_lora_
+from hyperfade.data import Collator, Source, open_source
+from hyperfade.distill import LayerFit, StepReport, distill_, fit_, latest_step, teacher_of, total_steps, unshare_
+from hyperfade.errors import NothingMatchedError
+from hyperfade.hub import card, load, load_processor, mark_, resolve, round_, save, takes_images
+from hyperfade.measure import Quality, Speed, compare_speed, disk_bytes, evaluate, machine, num_parameters, weight_bytes
+from hyperfade.recipe import Recipe, Train
+from hyperfade.report import plan_lines, write_report
+from hyperfade.surgery import plan, swap_
+from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all variants share: processor, data, and how examples become batches."""
+
+    recipe: Recipe
+    processor: Any
+    source: Source
+    collator: Collator
+
+    def training_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The training batch of the examples with these numbers."""
+        return self.collator.training_batch([self.source[i] for i in numbers])
+
+    def calibration_batches(self) -> list[dict[str, Tensor]]:
+        """Batches of a seeded sample of training examples."""
+        fit = self.recipe.fit
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        chosen = torch.randperm(len(self.source), generator=generator)[: fit.samples].tolist()
+        return [self.training_batch(chosen[i : i + fit.batch_size]) for i in range(0, len(chosen), fit.batch_size)]
+
+
+def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
+    """Carry out `recipe`; returns what results.json holds. `say` gets one line at a time.
+
+    Raises a `HyperfadeError` that names the cause; what was finished stays, and the same call goes on from there.
+    """
+    model = load(recipe.model, recipe.dtype)
+    plan(model, recipe)  # a recipe that does not fit is refused before a folder exists
+    task = _task(recipe, needs_images=takes_images(model.config))
+    continued = open_output(recipe)
+    say(f"{'Continuing' if continued else 'Compressing'} {recipe.model} → {recipe.output}")
+    del model
+    built = {variant.name: _build(variant, task, say) for variant in variants(recipe)}
+    results = _measure(task, built, say)
+    write_json(recipe.output / "results.json", results)
+    for variant in variants(recipe):
+        (variant.model / "README.md").write_text(card(results, variant.name), encoding="utf-8")
+    write_report(recipe.output)
+    say(
+        f"Results: {recipe.output / 'results.json'}   report: {recipe.output / 'report.md'}   model: {recipe.output / 'model'}"
+    )
+    return results
+
+
+def _task(recipe: Recipe, needs_images: bool) -> Task:
+    processor = load_processor(recipe.model)
+    data = recipe.data
+    source = open_source(data.train, needs_images=needs_images, on_bad=data.on_bad_sample)
+    return Task(recipe, processor, source, Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample))
+
+
+def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
+    """Make one variant's checkpoint; returns facts about how it was made."""
+    facts_file = variant.work / "built.json"
+    if facts_file.exists() and variant.model.exists():
+        say(f"[{variant.name}] finished earlier: {variant.model}")
+        return read_json(facts_file)
+    variant.work.mkdir(parents=True, exist_ok=True)
+    recipe, train = task.recipe, variant.train
+    torch.manual_seed(recipe.seed)
+    student = load(recipe.model, recipe.dtype)
+    the_plan = plan(student, variant.replace)
+    for line in plan_lines(the_plan):
+        say(f"[{variant.name}] {line}")
+    teacher = teacher_of(student)
+    student.requires_grad_(False)
+    swap_(student, the_plan)
+    started = time.perf_counter()
+    layers = fit_(
+        student, the_plan, _calibration(variant, task), variant.fit, variant.work / "fit", _fit_line(variant, say)
+    )
+    fit_seconds = time.perf_counter() - started
+    _choose_trained_(student, train)
+    say(
+        f"[{variant.name}] training: {train.fade_steps} steps of fade, {train.polish_steps} of polish; metrics in {variant.work}"
+    )
+    if latest_step(variant.work):
+        say(f"[{variant.name}] continuing after step {latest_step(variant.work)}")
+    summary = distill_(
+        student,
+        teacher,
+        len(task.source),
+        task.training_batch,
+        train,
+        seed=recipe.seed,
+        folder=variant.work,
+        on_step=_training_line(variant.name, train, say),
+    )
+    if train.lora_rank:
+        merge_lora_(student)
+    mark_(student)
+    storage = getattr(torch, recipe.save_dtype or recipe.dtype)
+    round_(student, storage)
+    save(student, variant.model, task.processor, storage_dtype=storage)
+    facts = {
+        "layers": [asdict(layer) for layer in layers],
+        "fit_seconds": fit_seconds,
+        "training": asdict(summary),
+        "reload_bit_equal": _reload_bit_equal(student, variant.model, task),
+        "ffn_params_ratio": the_plan.ffn_params_ratio,
+        "params_ratio": num_parameters(student) / num_parameters(teacher),
+        "kept_dense": [list(pair) for pair in the_plan.kept],
+    }
+    write_json(facts_file, facts)
+    return facts
+
+
+def _calibration(variant: Variant, task: Task) -> list[dict[str, Tensor]]:
+    return task.calibration_batches() if variant.fit.method == "calibrated" else []
+
+
+def _choose_trained_(student: Any, train: Train) -> None:
+    """Decide what has gradients: the light layers do, `train_also` and LoRA are added."""
+    if train.lora_rank:
+        add_lora_(student, train.lora_rank, train.lora_alpha)
+    names = dict(student.named_parameters())
+    for pattern in train.train_also:
+        matched = [name for name in names if fnmatchcase(name, pattern) and ".light." not in name]
+        if not matched:
+            raise NothingMatchedError(
+                f"train.train_also: {pattern!r} matches no parameter.", f"Parameters look like {next(iter(names))}."
+            )
+        for name in matched:
+            unshare_(names[name])
+            names[name].requires_grad_(True)
+    if train.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+        student.enable_input_require_grads()
+
+
+def _reload_bit_equal(model: Any, folder: Path, task: Task) -> bool:
+    """Whether the saved model, loaded again, gives the very same logits and greedy answers."""
+    reloaded = load(str(folder))
+    examples = [task.source[i] for i in range(min(8, len(task.source)))]
+    batch = task.collator.prompt_batch(examples)
+    batch = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    with torch.inference_mode():
+        logits = torch.equal(model(**batch).logits, reloaded(**batch).logits)
+        options = {"do_sample": False, "max_new_tokens": task.recipe.data.max_new_tokens}
+        return logits and torch.equal(model.generate(**batch, **options), reloaded.generate(**batch, **options))
+
+
+def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str, Any]:
+    """Everything results.json holds: quality model by model, then the speed of all of them in one run."""
+    recipe = task.recipe
+    folders = {variant.name: variant for variant in variants(recipe)}
+    models = {"dense": load(recipe.model, recipe.dtype)} | {name: load(str(v.model)) for name, v in folders.items()}
+    qualities = {}
+    for name, model in models.items():
+        cached = recipe.output / "work" / f"quality-{name}.json"
+        if not cached.exists():
+            write_json(cached, asdict(_quality(model, task)))
+        qualities[name] = read_json(cached)
+        say(
+            f"[{name}] exact match {qualities[name]['overall']['accuracy']:.4f} on {qualities[name]['overall']['count']} questions"
+        )
+    say("Measuring speed: all models in alternating rounds")
+    prompt = task.collator.prompt_batch([task.source[0]])
+    prompt = {k: v.to(getattr(torch, recipe.dtype)) if v.is_floating_point() else v for k, v in prompt.items()}
+    speeds = compare_speed(models, prompt)
+    dense_folder = Path(resolve(recipe.model))
+    dense_bytes = disk_bytes(dense_folder) if dense_folder.is_dir() else weight_bytes(models["dense"])
+    results = {
+        name: _entry(built[name], qualities["dense"], qualities[name], dense_bytes, disk_bytes(v.model), speeds[name])
+        for name, v in folders.items()
+    }
+    own = results.pop("compressed")
+    return {
+        "machine": machine(),
+        "recipe": recipe.model_dump(mode="json"),
+        "parameters": {name: num_parameters(model) for name, model in models.items()},
+        "prompt_tokens": int(prompt["input_ids"].shape[1]),
+        "dense_speed": asdict(speeds["dense"]),
+        **own,
+        "skipped": [list(pair) for pair in qualities["compressed"]["skipped"]]
+        + [[s.where, s.reason] for s in (*task.source.skipped, *task.collator.skipped)],
+        "rivals": results,
+    }
+
+
+def _quality(model: Any, task: Task) -> Quality:
+    data = task.recipe.data
+    return evaluate(
+        model,
+        task.processor,
+        data.evaluation,
+        limit=data.evaluation_limit,
+        max_tokens=data.max_tokens,
+        max_new_tokens=data.max_new_tokens,
+        on_bad_sample=data.on_bad_sample,
+        seed=task.recipe.seed,
+    )
+
+
+def _entry(
+    built: dict[str, Any], dense: dict[str, Any], own: dict[str, Any], dense_bytes: int, own_bytes: int, speed: Speed
+) -> dict[str, Any]:
+    """One variant's part of results.json."""
+    before, after = dense["overall"]["accuracy"], own["overall"]["accuracy"]
+    return {
+        "quality": {
+            "dense": before,
+            "compressed": after,
+            "retention": after / before if before else None,
+            "details": {"dense": dense, "compressed": own},
+        },
+        "ffn_params_ratio": built["ffn_params_ratio"],
+        "params_ratio": built["params_ratio"],
+        "disk_bytes": {"dense": dense_bytes, "compressed": own_bytes},
+        "prefill_speedup": speed.prefill_speedup,
+        "decode_speedup": speed.decode_speedup,
+        "speed": asdict(speed),
+        "reload_bit_equal": built["reload_bit_equal"],
+        "fit_seconds": built["fit_seconds"],
+        "training": built["training"],
+        "layers": built["layers"],
+        "kept_dense": built["kept_dense"],
+    }
+
+
+def _fit_line(variant: Variant, say: Say) -> Callable[[LayerFit], None]:
+    def line(layer: LayerFit) -> None:
+        if layer.error is not None and layer.low_rank_error is not None:
+            say(
+                f"[{variant.name}] fit {layer.name}: {layer.label}, error {layer.error:.4f} "
+                f"(low-rank of the same size {layer.low_rank_error:.4f}), {layer.seconds:.1f} s"
+            )
+
+    return line
+
+
+def _training_line(name: str, train: Train, say: Say) -> Callable[[StepReport], None]:
+    steps, recent = total_steps(train), []
+
+    def line(report: StepReport) -> None:
+        recent.append(report.seconds)
+        del recent[:-20]
+        if report.step % train.log_every == 0 or report.step == steps:
+            left = round((steps - report.step) * sum(recent) / len(recent))
+            say(
+                f"[{name}] step {report.step}/{steps}  α {report.alpha:.2f}  loss {report.loss:.4f}  "
+                f"(ce {report.cross_entropy:.4f}, kl {report.kl:.4f}, reconstruction {report.reconstruction:.4f})  "
+                f"{report.seconds:.2f} s/step  {left // 60}:{left % 60:02d} left"
+            )
+
+    return line

@@ -1,0 +1,174 @@
+"""Results for people: the plan as lines, the report page, its plots. Reads files and writes files, measures nothing."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from hyperfade.hub import table
+from hyperfade.hub.card import footnote
+from hyperfade.surgery import Plan, human
+
+
+def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
+    """The plan as aligned text: one row per kind of replacement, then the totals of the whole model."""
+    groups: dict[tuple[str, str, str, str], list[Any]] = defaultdict(list)
+    for swap in plan.swaps:
+        shape = f"{swap.spec.in_features} → {swap.spec.out_features}"
+        groups[swap.region, swap.name.rpartition(".")[2], shape, swap.spec.label].append(swap)
+    rows = [("region", "matrix", "features", "count", "becomes", "parameters", "multiply-adds/token")]
+    for (region, matrix, shape, label), swaps in groups.items():
+        before, after = sum(s.dense_parameters for s in swaps), sum(s.spec.num_parameters for s in swaps)
+        work = sum(s.dense_multiply_adds for s in swaps), sum(s.spec.multiply_adds for s in swaps)
+        rows.append(
+            (region, matrix, shape, str(len(swaps)), label)
+            + (f"{human(before)} → {human(after)}", f"{human(work[0])} → {human(work[1])}")
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    before, after = plan.bytes(bytes_per_parameter)
+    lines.append(
+        f"replaced matrices keep {plan.ffn_params_ratio:.1%} of their parameters; the whole model: "
+        f"{human(plan.parameters_before)} → {human(plan.parameters_after)} ({plan.params_ratio:.1%}), "
+        f"{human(before)}B → {human(after)}B at {8 * bytes_per_parameter} bits"
+    )
+    if plan.kept:
+        lines.append(f"{len(plan.kept)} FFN matrices stay dense, e.g. {plan.kept[0][0]}: {plan.kept[0][1]}")
+    return lines
+
+
+def write_report(folder: Path) -> None:
+    """report.md and plots/ of an output folder, from its results.json and metrics.jsonl files."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    metrics = {"compressed": _metrics(folder / "work")}
+    metrics |= {name: _metrics(folder / "rivals" / name / "work") for name in results["rivals"]}
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    _plot_training(metrics["compressed"], plots / "training.png")
+    _plot_layers(results["layers"], plots / "layers.png")
+    _plot_comparison(results, plots / "comparison.png")
+    (folder / "report.md").write_text(_page(results), encoding="utf-8")
+
+
+def _page(results: dict[str, Any]) -> str:
+    layers = "\n".join(
+        f"| {layer['name']} | {layer['label']} | {_error(layer['error'])} | {_error(layer['low_rank_error'])} |"
+        for layer in results["layers"]
+    )
+    kinds = results["quality"]["details"]
+    by_kind = "\n".join(
+        f"| {kind} | {score['count']} | {score['accuracy']:.2%} | {kinds['compressed']['by_kind'][kind]['accuracy']:.2%} |"
+        for kind, score in kinds["dense"]["by_kind"].items()
+    )
+    times = "\n".join(
+        f"| {name} | {entry['fit_seconds']:.0f} s | {entry['training']['steps']} steps, {entry['training']['seconds']:.0f} s | "
+        f"{entry['reload_bit_equal']} |"
+        for name, entry in {"compressed": results, **results["rivals"]}.items()
+    )
+    skipped = "\n".join(f"- {where}: {reason}" for where, reason in results["skipped"]) or "None."
+    return f"""# {results["recipe"]["model"]}, compressed
+
+{table(results)}
+
+{footnote(results)}
+
+![quality, size and speed](plots/comparison.png)
+
+## By kind of question
+
+| kind | questions | dense | compressed |
+|---|---|---|---|
+{by_kind}
+
+## Training
+
+![losses and α over steps](plots/training.png)
+
+| model | fit | training | reloaded model bit-equal |
+|---|---|---|---|
+{times}
+
+## The fit, matrix by matrix
+
+Relative output error before any training, beside whitened low-rank of the same size.
+
+![error per layer](plots/layers.png)
+
+| matrix | becomes | error | low-rank |
+|---|---|---|---|
+{layers}
+
+## Samples left out
+
+{skipped}
+"""
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _metrics(work: Path) -> list[dict[str, float]]:
+    file = work / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
+    # matplotlib takes half a second to import, and most commands draw nothing
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _plot_training(metrics: list[dict[str, float]], path: Path) -> None:
+    figure, (axes,) = _figure(8, 4)
+    steps = [m["step"] for m in metrics]
+    for key, label in (
+        ("loss", "loss"),
+        ("cross_entropy", "cross-entropy"),
+        ("kl", "KL"),
+        ("reconstruction", "reconstruction"),
+    ):
+        values = [m[key] for m in metrics]
+        if any(values):
+            axes.plot(steps, values, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss terms", yscale="log" if metrics else "linear")
+    alpha = axes.twinx()
+    alpha.plot(steps, [m["alpha"] for m in metrics], color="black", linestyle=":", label="α")
+    alpha.set(ylabel="α", ylim=(0, 1.05))
+    axes.legend(loc="upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_layers(layers: list[dict[str, Any]], path: Path) -> None:
+    fitted = [layer for layer in layers if layer["error"] is not None]
+    figure, (axes,) = _figure(8, 1 + 0.28 * max(len(fitted), 4))
+    rows = range(len(fitted))
+    axes.barh([r - 0.2 for r in rows], [layer["error"] for layer in fitted], 0.4, label="hyperfade")
+    axes.barh([r + 0.2 for r in rows], [layer["low_rank_error"] for layer in fitted], 0.4, label="low-rank, same size")
+    axes.set_yticks(list(rows), [layer["name"].removeprefix("model.") for layer in fitted], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="relative output error before training")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_comparison(results: dict[str, Any], path: Path) -> None:
+    entries = {"compressed": results, **results["rivals"]}
+    names = ["dense", *entries]
+    figure, panels = _figure(11, 3.2, columns=4)
+    dense_quality, dense_bytes = results["quality"]["dense"], results["disk_bytes"]["dense"]
+    values = (
+        ("exact match", [dense_quality, *(e["quality"]["compressed"] for e in entries.values())]),
+        ("MB on disk", [dense_bytes / 1e6, *(e["disk_bytes"]["compressed"] / 1e6 for e in entries.values())]),
+        ("prefill speed-up", [1, *(e["prefill_speedup"] for e in entries.values())]),
+        ("decode speed-up", [1, *(e["decode_speedup"] for e in entries.values())]),
+    )
+    for axes, (title, heights) in zip(panels, values, strict=True):
+        bars = axes.bar(names, heights, color=["#888", "#1f77b4", "#ff9f40", "#6abf69", "#c27ba0"][: len(names)])
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(axis="x", labelrotation=30, labelsize=8)
+    figure.savefig(path, dpi=120)
