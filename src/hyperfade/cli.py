@@ -1,4 +1,4 @@
-"""The command line: thin commands over the library. Heavy imports happen inside the commands, so `--help` is instant."""
+"""The command line: thin commands over the library. They import what is heavy themselves, so `--help` is instant."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from hyperfade.errors import HyperfadeError, RecipeError
 
 app = typer.Typer(
     name="hyperfade",
-    help="Make vision-language models smaller and faster: dense feed-forward layers fade out, hypercomplex ones fade in.",
+    help="Make vision-language models smaller and faster: dense feed-forward layers fade out, hypercomplex fade in.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,13 +42,15 @@ def inspect(
     ] = "embedded",
     recipe: RecipeOption = "quarter",
     changes: SetOption = None,
-    bits: Annotated[int, typer.Option(help="Bits per parameter for the byte counts (a multiple of 8).")] = 16,
+    bits: Annotated[int, typer.Option(min=8, help="Bits per parameter for the byte counts (a multiple of 8).")] = 16,
 ) -> None:
     """Print what a recipe would replace, and what it saves. Needs the model's config only, and changes nothing."""
     from hyperfade.hub import skeleton
     from hyperfade.report import plan_lines
     from hyperfade.surgery import plan
 
+    if bits % 8:
+        raise RecipeError(f"--bits {bits} is not a multiple of 8.", "Give 8, 16 or 32.")
     chosen = _recipe(recipe, changes)
     typer.echo("\n".join(plan_lines(plan(skeleton(model), chosen), bits // 8)))
 
@@ -86,9 +88,9 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, dense or compressed, or `embedded`.")] = "embedded",
     data: DataOption = "easy-vqa:test",
-    limit: Annotated[int | None, typer.Option(help="Only this many questions, a seeded sample [default: all].")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many questions, a seeded sample [default: all].")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="What the model runs in.")] = "float32",
     on_bad_sample: Annotated[
         Literal["error", "skip"], typer.Option(help="Stop at a bad sample, or count it.")
@@ -120,9 +122,9 @@ def benchmark(
         list[str], typer.Argument(help="Checkpoint folders (or `embedded`); the first is the reference.")
     ],
     data: DataOption = "easy-vqa:test",
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Alternating rounds; medians and quartiles are over rounds.")] = 15,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; medians and quartiles are over rounds.")] = 15,
     dtype: Annotated[Dtype, typer.Option(help="What the models run in.")] = "float32",
     output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
@@ -181,7 +183,12 @@ def _recipe(source: str, changes: list[str] | None, direct: dict[str, Any] | Non
             raise RecipeError(
                 f"--set {change}: there is no section {'.'.join(path)!r}.", "Write --set section.key=value."
             )
-        section[last] = yaml.safe_load(text)
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"--set {change}: {text!r} is not a YAML value.", "Write --set section.key=value; quote brackets."
+            ) from error
     return Recipe.parse({**fields, **(direct or {})}, where=source)
 
 
@@ -202,6 +209,8 @@ def main() -> None:
             raise
         typer.echo(f"Error: {error.message}\n{error.hint}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # typer turns Ctrl-C into an exit with 130
+            raise
         typer.echo("\nStopped. Run the same command again to continue from the last checkpoint.", err=True)
         sys.exit(130)

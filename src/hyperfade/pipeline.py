@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
 from hyperfade.data import Collator, Source, open_source
@@ -22,7 +22,7 @@ from hyperfade.distill import LayerFit, StepReport, distill_, fit_, latest_step,
 from hyperfade.errors import NothingMatchedError
 from hyperfade.hub import card, load, load_processor, mark_, resolve, round_, save, takes_images
 from hyperfade.measure import Quality, Speed, compare_speed, disk_bytes, evaluate, machine, num_parameters, weight_bytes
-from hyperfade.recipe import Recipe, Train
+from hyperfade.recipe import Fit, Recipe, Train
 from hyperfade.report import plan_lines, write_report
 from hyperfade.surgery import plan, swap_
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
@@ -43,9 +43,8 @@ class Task:
         """The training batch of the examples with these numbers."""
         return self.collator.training_batch([self.source[i] for i in numbers])
 
-    def calibration_batches(self) -> list[dict[str, Tensor]]:
+    def calibration_batches(self, fit: Fit) -> list[dict[str, Tensor]]:
         """Batches of a seeded sample of training examples."""
-        fit = self.recipe.fit
         generator = torch.Generator().manual_seed(self.recipe.seed)
         chosen = torch.randperm(len(self.source), generator=generator)[: fit.samples].tolist()
         return [self.training_batch(chosen[i : i + fit.batch_size]) for i in range(0, len(chosen), fit.batch_size)]
@@ -57,7 +56,9 @@ def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     Raises a `HyperfadeError` that names the cause; what was finished stays, and the same call goes on from there.
     """
     model = load(recipe.model, recipe.dtype)
-    plan(model, recipe)  # a recipe that does not fit is refused before a folder exists
+    for variant in variants(recipe):  # a recipe that does not fit is refused before a folder exists
+        plan(model, variant.replace)
+        _matched_parameters(model, variant.train)
     task = _task(recipe, needs_images=takes_images(model.config))
     continued = open_output(recipe)
     say(f"{'Continuing' if continued else 'Compressing'} {recipe.model} → {recipe.output}")
@@ -68,9 +69,8 @@ def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     for variant in variants(recipe):
         (variant.model / "README.md").write_text(card(results, variant.name), encoding="utf-8")
     write_report(recipe.output)
-    say(
-        f"Results: {recipe.output / 'results.json'}   report: {recipe.output / 'report.md'}   model: {recipe.output / 'model'}"
-    )
+    say(f"Model: {recipe.output / 'model'}")
+    say(f"Results: {recipe.output / 'results.json'}, for reading: {recipe.output / 'report.md'}")
     return results
 
 
@@ -78,6 +78,7 @@ def _task(recipe: Recipe, needs_images: bool) -> Task:
     processor = load_processor(recipe.model)
     data = recipe.data
     source = open_source(data.train, needs_images=needs_images, on_bad=data.on_bad_sample)
+    open_source(data.evaluation, on_bad=data.on_bad_sample)  # what is wrong with it is known now, not after training
     return Task(recipe, processor, source, Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample))
 
 
@@ -103,9 +104,8 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     )
     fit_seconds = time.perf_counter() - started
     _choose_trained_(student, train)
-    say(
-        f"[{variant.name}] training: {train.fade_steps} steps of fade, {train.polish_steps} of polish; metrics in {variant.work}"
-    )
+    lengths = f"{train.fade_steps} steps of fade, {train.polish_steps} of polish"
+    say(f"[{variant.name}] training: {lengths}; metrics in {variant.work}")
     if latest_step(variant.work):
         say(f"[{variant.name}] continuing after step {latest_step(variant.work)}")
     summary = distill_(
@@ -138,31 +138,38 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
 
 
 def _calibration(variant: Variant, task: Task) -> list[dict[str, Tensor]]:
-    return task.calibration_batches() if variant.fit.method == "calibrated" else []
+    return task.calibration_batches(variant.fit) if variant.fit.method == "calibrated" else []
 
 
 def _choose_trained_(student: Any, train: Train) -> None:
     """Decide what has gradients: the light layers do, `train_also` and LoRA are added."""
     if train.lora_rank:
         add_lora_(student, train.lora_rank, train.lora_alpha)
-    names = dict(student.named_parameters())
-    for pattern in train.train_also:
-        matched = [name for name in names if fnmatchcase(name, pattern) and ".light." not in name]
-        if not matched:
-            raise NothingMatchedError(
-                f"train.train_also: {pattern!r} matches no parameter.", f"Parameters look like {next(iter(names))}."
-            )
-        for name in matched:
-            unshare_(names[name])
-            names[name].requires_grad_(True)
+    for parameter in _matched_parameters(student, train):
+        unshare_(parameter)
+        parameter.requires_grad_(True)
     if train.gradient_checkpointing:
         student.gradient_checkpointing_enable()
         student.enable_input_require_grads()
 
 
+def _matched_parameters(model: Any, train: Train) -> list[nn.Parameter]:
+    """The dense parameters that `train_also` names; a tied one goes by each of its names."""
+    names = {n: p for n, p in model.named_parameters(remove_duplicate=False) if ".light." not in n}
+    found: dict[int, nn.Parameter] = {}
+    for pattern in train.train_also:
+        matched = [parameter for name, parameter in names.items() if fnmatchcase(name, pattern)]
+        if not matched:
+            raise NothingMatchedError(
+                f"train.train_also: {pattern!r} matches no parameter.", f"Parameters look like {next(iter(names))}."
+            )
+        found |= {id(parameter): parameter for parameter in matched}
+    return list(found.values())
+
+
 def _reload_bit_equal(model: Any, folder: Path, task: Task) -> bool:
     """Whether the saved model, loaded again, gives the very same logits and greedy answers."""
-    reloaded = load(str(folder))
+    reloaded: Any = load(str(folder))
     examples = [task.source[i] for i in range(min(8, len(task.source)))]
     batch = task.collator.prompt_batch(examples)
     batch = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
@@ -183,9 +190,8 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
         if not cached.exists():
             write_json(cached, asdict(_quality(model, task)))
         qualities[name] = read_json(cached)
-        say(
-            f"[{name}] exact match {qualities[name]['overall']['accuracy']:.4f} on {qualities[name]['overall']['count']} questions"
-        )
+        overall = qualities[name]["overall"]
+        say(f"[{name}] exact match {overall['accuracy']:.2%} of {overall['count']} questions")
     say("Measuring speed: all models in alternating rounds")
     prompt = task.collator.prompt_batch([task.source[0]])
     prompt = {k: v.to(getattr(torch, recipe.dtype)) if v.is_floating_point() else v for k, v in prompt.items()}
@@ -197,6 +203,8 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
         for name, v in folders.items()
     }
     own = results.pop("compressed")
+    skipped = [*qualities["compressed"]["skipped"]]
+    skipped += [[s.where, s.reason] for s in (*task.source.skipped, *task.collator.skipped)]
     return {
         "machine": machine(),
         "recipe": recipe.model_dump(mode="json"),
@@ -204,8 +212,7 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
         "prompt_tokens": int(prompt["input_ids"].shape[1]),
         "dense_speed": asdict(speeds["dense"]),
         **own,
-        "skipped": [list(pair) for pair in qualities["compressed"]["skipped"]]
-        + [[s.where, s.reason] for s in (*task.source.skipped, *task.collator.skipped)],
+        "skipped": [list(pair) for pair in dict.fromkeys(map(tuple, skipped))],  # every epoch meets a bad sample again
         "rivals": results,
     }
 

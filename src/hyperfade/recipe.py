@@ -43,12 +43,16 @@ class _Section(BaseModel):
 class Layer(_Section):
     """What one dense matrix becomes."""
 
-    kind: Kind = Field("products", description="algebra of the PHM layer, or low_rank for the baseline")
-    n: int | None = Field(None, ge=2, description="algebra dimension (products, learned, cyclic, z2)")
-    terms: int | None = Field(None, ge=1, description="number of terms t of a terms-form algebra [default: n]")
-    products: int | None = Field(None, ge=1, description="number of products R of a products-form algebra [default: n]")
-    companion_rank: int = Field(0, ge=0, description="rank of the low-rank companion added to the PHM layer")
-    fraction: Number | None = Field(None, gt=0, lt=1, description="low_rank only: parameters, as a fraction of dense")
+    kind: Kind = Field(default="products", description="algebra of the PHM layer, or low_rank for the baseline")
+    n: int | None = Field(default=None, ge=2, description="algebra dimension (products, learned, cyclic, z2)")
+    terms: int | None = Field(default=None, ge=1, description="number of terms t of a terms-form algebra [default: n]")
+    products: int | None = Field(
+        default=None, ge=1, description="number of products R of a products-form algebra [default: n]"
+    )
+    companion_rank: int = Field(default=0, ge=0, description="rank of the low-rank companion added to the PHM layer")
+    fraction: Number | None = Field(
+        default=None, gt=0, lt=1, description="low_rank only: parameters, as a fraction of dense"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -71,23 +75,27 @@ class Layer(_Section):
 class Rule(_Section):
     """An exception to the regional choice. The last rule that matches a matrix wins."""
 
-    match: str = Field("*", description="glob over module names, e.g. *.layers.0.mlp.*")
-    region: Region | None = Field(None, description="restrict the rule to one region")
-    last_layers: int | None = Field(None, ge=1, description="restrict the rule to the last N FFNs of the region")
-    layer: Layer | None = Field(None, description="what the matrix becomes; null keeps it dense")
+    match: str = Field(default="*", description="glob over module names, e.g. *.layers.0.mlp.*")
+    region: Region | None = Field(default=None, description="restrict the rule to one region")
+    last_layers: int | None = Field(
+        default=None, ge=1, description="restrict the rule to the last N FFNs of the region"
+    )
+    layer: Layer | None = Field(default=None, description="what the matrix becomes; null keeps it dense")
 
 
 class Replace(_Section):
     """Which feed-forward matrices are replaced, by what. Attention, embeddings and head are never touched."""
 
-    language: Layer | None = Field(Layer(n=4), description="FFNs of the language model; null keeps them dense")
-    vision: Layer | None = Field(Layer(n=4), description="FFNs of the vision tower; null keeps them dense")
-    projector: Layer | None = Field(None, description="the projector between them; null keeps it dense")
-    other: Layer | None = Field(None, description="nn.Linear modules named by `patterns`")
-    patterns: tuple[str, ...] = Field((), description="globs of further nn.Linear modules, for models of any kind")
-    exclude: tuple[str, ...] = Field((), description="globs of module names that stay dense")
-    min_weight_elements: int = Field(0, ge=0, description="matrices with fewer elements stay dense")
-    rules: tuple[Rule, ...] = Field((), description="exceptions; the last that matches wins")
+    language: Layer | None = Field(default=Layer(n=4), description="FFNs of the language model; null keeps them dense")
+    vision: Layer | None = Field(default=Layer(n=4), description="FFNs of the vision tower; null keeps them dense")
+    projector: Layer | None = Field(default=None, description="the projector between them; null keeps it dense")
+    other: Layer | None = Field(default=None, description="nn.Linear modules named by `patterns`")
+    patterns: tuple[str, ...] = Field(
+        default=(), description="globs of further nn.Linear modules, for models of any kind"
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="globs of module names that stay dense")
+    min_weight_elements: int = Field(default=0, ge=0, description="matrices with fewer elements stay dense")
+    rules: tuple[Rule, ...] = Field(default=(), description="exceptions; the last that matches wins")
 
     @model_validator(mode="after")
     def _patterns_have_a_layer(self) -> Self:
@@ -101,77 +109,99 @@ class Replace(_Section):
 class Fit(_Section):
     """How dense weights become hypercomplex ones before any training."""
 
-    method: Literal["calibrated", "frobenius", "random"] = Field("calibrated", description="what the fit minimises")
-    basis: Literal["none", "energy"] = Field("none", description="order of the FFN's hidden units before the split")
-    sweeps: int = Field(12, ge=1, description="alternating least-squares sweeps per matrix")
-    samples: int = Field(128, ge=1, description="training samples whose activations calibrate the fit")
-    batch_size: int = Field(16, ge=1, description="samples per calibration forward pass")
-    ridge: Number = Field(1e-6, ge=0, description="added to C's diagonal, relative to its mean")
+    method: Literal["calibrated", "frobenius", "random"] = Field(
+        default="calibrated", description="what the fit minimises"
+    )
+    basis: Literal["none", "energy"] = Field(
+        default="none", description="order of the FFN's hidden units before the split"
+    )
+    sweeps: int = Field(default=12, ge=1, description="alternating least-squares sweeps per matrix")
+    samples: int = Field(default=128, ge=1, description="training samples whose activations calibrate the fit")
+    batch_size: int = Field(default=16, ge=1, description="samples per calibration forward pass")
+    ridge: Number = Field(default=1e-6, ge=0, description="added to C's diagonal, relative to its mean")
 
 
 class Train(_Section):
     """The distillation: fade the dense weights out, then polish what is left. All lengths are optimizer steps."""
 
-    fade_steps: int = Field(100, ge=0, description="steps of the fade; 0 starts with the dense branch gone")
-    polish_steps: int = Field(200, ge=0, description="steps after the dense branch is dropped")
-    fade_shape: Literal["linear", "cosine", "step"] = Field("linear", description="shape of α over the fade")
-    fade_order: Literal["together", "layer_by_layer"] = Field("together", description="whether layers fade in turn")
-    batch_size: int = Field(32, ge=1, description="samples per forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
-    learning_rate: Number = Field(1e-3, gt=0, description="peak learning rate of the hypercomplex weights")
-    dense_learning_rate: Number = Field(1e-4, gt=0, description="peak learning rate of train_also and LoRA")
-    weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
-    warmup_fraction: Number = Field(0.1, ge=0, le=1, description="share of the steps with a rising learning rate")
-    clip_norm: Number = Field(1.0, gt=0, description="gradient norm limit")
-    label_smoothing: Number = Field(0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
-    kd_weight: Number = Field(0.9, ge=0, le=1, description="λ: share of the teacher's KL against cross-entropy")
-    kd_ramp: bool = Field(False, description="let λ grow with α instead of starting at its full value")
-    temperature: Number = Field(2.0, gt=0, description="T of the softened distributions in the KL")
-    reconstruction_weight: Number = Field(0.0, ge=0, description="μ: weight of the layers' output error while fading")
-    train_also: tuple[str, ...] = Field((), description="globs of dense parameters that train as well, e.g. lm_head.*")
-    lora_rank: int = Field(0, ge=0, description="LoRA on the language model's attention, merged at the end; 0 for none")
-    lora_alpha: Number = Field(16.0, gt=0, description="LoRA scale")
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="autocast of the training forward passes")
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
-    checkpoint_every: int = Field(100, ge=1, description="steps between resumable checkpoints")
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    trackers: tuple[str, ...] = Field((), description="accelerate trackers, e.g. tensorboard")
+    fade_steps: int = Field(default=100, ge=0, description="steps of the fade; 0 starts with the dense branch gone")
+    polish_steps: int = Field(default=200, ge=0, description="steps after the dense branch is dropped")
+    fade_shape: Literal["linear", "cosine", "step"] = Field(default="linear", description="shape of α over the fade")
+    fade_order: Literal["together", "layer_by_layer"] = Field(
+        default="together", description="whether layers fade in turn"
+    )
+    batch_size: int = Field(default=32, ge=1, description="samples per forward pass")
+    accumulation: int = Field(default=1, ge=1, description="forward passes per optimizer step")
+    learning_rate: Number = Field(default=1e-3, gt=0, description="peak learning rate of the hypercomplex weights")
+    dense_learning_rate: Number = Field(default=1e-4, gt=0, description="peak learning rate of train_also and LoRA")
+    weight_decay: Number = Field(default=0.0, ge=0, description="AdamW weight decay")
+    warmup_fraction: Number = Field(
+        default=0.1, ge=0, le=1, description="share of the steps with a rising learning rate"
+    )
+    clip_norm: Number = Field(default=1.0, gt=0, description="gradient norm limit")
+    label_smoothing: Number = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
+    kd_weight: Number = Field(default=0.9, ge=0, le=1, description="λ: share of the teacher's KL against cross-entropy")
+    kd_ramp: bool = Field(default=False, description="let λ grow with α instead of starting at its full value")
+    temperature: Number = Field(default=2.0, gt=0, description="T of the softened distributions in the KL")
+    reconstruction_weight: Number = Field(
+        default=0.0, ge=0, description="μ: weight of the layers' output error while fading"
+    )
+    train_also: tuple[str, ...] = Field(
+        default=(), description="globs of dense parameters that train as well, e.g. lm_head.*"
+    )
+    lora_rank: int = Field(
+        default=0, ge=0, description="LoRA on the language model's attention, merged at the end; 0 for none"
+    )
+    lora_alpha: int = Field(default=16, ge=1, description="LoRA scale")
+    mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the training forward passes")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
+    log_every: int = Field(default=10, ge=1, description="steps between printed lines; metrics.jsonl has every step")
+    trackers: tuple[str, ...] = Field(default=(), description="accelerate trackers, e.g. tensorboard")
 
 
 class Data(_Section):
     """Where examples come from: `easy-vqa`, a .jsonl file, or `datasets:` and what datasets.load_dataset takes."""
 
-    train: str = Field("easy-vqa:train", description="training examples (SOURCE or SOURCE:SPLIT)")
-    evaluation: str = Field("easy-vqa:test", description="examples that quality is measured on, never trained on")
-    evaluation_limit: int | None = Field(None, ge=1, description="evaluate on the first N (seeded shuffle) only")
-    on_bad_sample: Literal["error", "skip"] = Field("error", description="skip counts bad samples instead of stopping")
-    max_tokens: int = Field(2048, ge=8, description="longest sample, in tokens with its image tokens")
-    max_new_tokens: int = Field(16, ge=1, description="longest answer generated in the evaluation, in tokens")
+    train: str = Field(default="easy-vqa:train", description="training examples (SOURCE or SOURCE:SPLIT)")
+    evaluation: str = Field(
+        default="easy-vqa:test", description="examples that quality is measured on, never trained on"
+    )
+    evaluation_limit: int | None = Field(
+        default=None, ge=1, description="evaluate on the first N (seeded shuffle) only"
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        default="error", description="skip counts bad samples instead of stopping"
+    )
+    max_tokens: int = Field(default=2048, ge=8, description="longest sample, in tokens with its image tokens")
+    max_new_tokens: int = Field(default=16, ge=1, description="longest answer generated in the evaluation, in tokens")
 
 
 class Rival(_Section):
     """Another way to the same size, trained with the same data and budget for comparison."""
 
     replace: Replace
-    fit: Fit | None = Field(None, description="its own fit; null takes the recipe's")
-    train: Train | None = Field(None, description="its own training; null takes the recipe's")
+    fit: Fit | None = Field(default=None, description="its own fit; null takes the recipe's")
+    train: Train | None = Field(default=None, description="its own training; null takes the recipe's")
 
 
 class Recipe(_Section):
     """From a dense model to a finished one."""
 
-    model: str = Field("embedded", description="checkpoint folder or hub name; `embedded` is the shipped example model")
+    model: str = Field(
+        default="embedded", description="checkpoint folder or hub name; `embedded` is the shipped example model"
+    )
     output: Path = Field(Path("runs/compressed"), description="folder for the checkpoint, results and report")
-    seed: int = Field(0, ge=0, description="seed of everything random")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype the model runs in")
+    seed: int = Field(default=0, ge=0, description="seed of everything random")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype the model runs in")
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="dtype on disk [default: dtype]"
+        default=None, description="dtype on disk [default: dtype]"
     )
     replace: Replace = Replace()
     fit: Fit = Fit()
     train: Train = Train()
     data: Data = Data()
-    rivals: dict[str, Rival] = Field({}, description="baselines trained beside it, by name")
+    rivals: dict[str, Rival] = Field(default={}, description="baselines trained beside it, by name")
 
     @classmethod
     def load(cls, source: str | Path) -> "Recipe":
@@ -180,7 +210,7 @@ class Recipe(_Section):
         Raises `RecipeError` that names the file, the key and what was expected there.
         """
         path = Path(source)
-        if not path.suffix and not path.exists():
+        if not path.suffix and not path.is_file():
             path = SHIPPED_RECIPES / f"{source}.yaml"
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -193,7 +223,7 @@ class Recipe(_Section):
             raise RecipeError(
                 f"{path} is not YAML: {' '.join(str(error).split())}", "Check indentation and colons there."
             ) from error
-        return cls.parse(fields or {}, where=str(path))
+        return cls.parse({} if fields is None else fields, where=str(path))
 
     @classmethod
     def parse(cls, fields: Any, where: str = "recipe") -> "Recipe":

@@ -21,8 +21,10 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
         before, after = sum(s.dense_parameters for s in swaps), sum(s.spec.num_parameters for s in swaps)
         work = sum(s.dense_multiply_adds for s in swaps), sum(s.spec.multiply_adds for s in swaps)
         rows.append(
-            (region, matrix, shape, str(len(swaps)), label)
-            + (f"{human(before)} → {human(after)}", f"{human(work[0])} → {human(work[1])}")
+            (
+                *(region, matrix, shape, str(len(swaps)), label),
+                *(f"{human(before)} → {human(after)}", f"{human(work[0])} → {human(work[1])}"),
+            )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -57,13 +59,14 @@ def _page(results: dict[str, Any]) -> str:
         for layer in results["layers"]
     )
     kinds = results["quality"]["details"]
+    after = kinds["compressed"]["by_kind"]
     by_kind = "\n".join(
-        f"| {kind} | {score['count']} | {score['accuracy']:.2%} | {kinds['compressed']['by_kind'][kind]['accuracy']:.2%} |"
+        f"| {kind} | {score['count']} | {score['accuracy']:.2%} | {after[kind]['accuracy']:.2%} |"
         for kind, score in kinds["dense"]["by_kind"].items()
     )
     times = "\n".join(
-        f"| {name} | {entry['fit_seconds']:.0f} s | {entry['training']['steps']} steps, {entry['training']['seconds']:.0f} s | "
-        f"{entry['reload_bit_equal']} |"
+        f"| {name} | {entry['fit_seconds']:.0f} s | {entry['training']['steps']} steps, "
+        f"{entry['training']['seconds']:.0f} s | {entry['reload_bit_equal']} |"
         for name, entry in {"compressed": results, **results["rivals"]}.items()
     )
     skipped = "\n".join(f"- {where}: {reason}" for where, reason in results["skipped"]) or "None."

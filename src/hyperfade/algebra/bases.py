@@ -1,7 +1,7 @@
 """Algebras: the mixing rules that turn small component weights into a large matrix.
 
-A hypercomplex algebra of dimension n multiplies two vectors of n blocks. Written as a tensor A (t, n, n), component i of
-the weight meets block b of the input and lands, scaled by A[i, a, b], in block a of the output:
+A hypercomplex algebra of dimension n multiplies two vectors of n blocks. Written as a tensor A (t, n, n), component i
+of the weight meets block b of the input and lands, scaled by A[i, a, b], in block a of the output:
 
     W = Σ_i A_i ⊗ S_i            terms form:    A (t, n, n), S (t, k/n, d/n)
     W = Σ_r (P_r Q_rᵀ) ⊗ T_r     products form: P (R, n), Q (R, n), T (R, k/n, d/n)
@@ -39,9 +39,7 @@ class Algebra:
 
     name: str
     n: int
-    form: Literal["terms", "products"]
     size: int
-    learned: bool
 
     @classmethod
     def named(cls, name: str, terms: int | None = None, n: int | None = None) -> "Algebra":
@@ -67,21 +65,31 @@ class Algebra:
         size = dimension if terms is None else terms
         if not 1 <= size <= most:
             raise AlgebraError(f"Algebra {name!r} has 1 to {most} bases, {size} were asked for.", "Change terms.")
-        return cls(name, dimension, "terms", size, learned=False)
+        return cls(name, dimension, size)
 
     @classmethod
     def learned(cls, n: int, terms: int | None = None) -> "Algebra":
         """A learned A (t, n, n) [default t = n]; starts at the cyclic group."""
         size = n if terms is None else terms
         _check_size("terms", n, size)
-        return cls("learned", n, "terms", size, learned=True)
+        return cls("learned", n, size)
 
     @classmethod
     def products(cls, n: int, products: int | None = None) -> "Algebra":
-        """Learned P (R, n) and Q (R, n) [default R = n, a diagonal algebra]; starts at Walsh-Hadamard (or cosine) rows."""
+        """Learned P (R, n), Q (R, n) [default R = n, a diagonal algebra]; starts at Walsh-Hadamard (or cosine) rows."""
         size = n if products is None else products
         _check_size("products", n, size)
-        return cls("products", n, "products", size, learned=True)
+        return cls("products", n, size)
+
+    @property
+    def form(self) -> Literal["terms", "products"]:
+        """Which of the two forms its layers have."""
+        return "products" if self.name == "products" else "terms"
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the mixing is learned, or fixed."""
+        return self.name in ("learned", "products")
 
     @property
     def fraction(self) -> float:
@@ -116,7 +124,7 @@ class Algebra:
         return rows[r % self.n], rows[(r + r // self.n) % self.n]
 
     def bilinear_factors(self) -> BilinearFactors | None:
-        """Exact factors of the fewest products known to us, or None. R/n² of the dense multiply-adds follow from them."""
+        """Exact factors with the fewest products known to us, or None; they run at R/n² of the dense multiply-adds."""
         a, t = self.structure(), self.size
         if self.form == "products":
             return BilinearFactors(torch.eye(t, dtype=torch.float64), *self.starting_products())
@@ -132,7 +140,7 @@ class Algebra:
     def num_parameters(self, in_features: int, out_features: int) -> int:
         """Trainable numbers of a bias-free layer: t·dk/n² (or R·dk/n²), plus the mixing where it is learned."""
         self.check_features(in_features, out_features)
-        mixing = self.size * self.n * (self.n if self.form == "terms" else 2) if self.learned else 0
+        mixing = self.size * self.n * (self.n if self.form == "terms" else 2) if self.trainable else 0
         return self.size * in_features * out_features // self.n**2 + mixing
 
     def multiply_adds(self, in_features: int, out_features: int) -> int:

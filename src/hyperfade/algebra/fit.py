@@ -99,7 +99,7 @@ def _fit_alone(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: 
     if moment is None:
         return plain
     # the plain optimum may leave blocks of the input out, which in expected output is no place to start from
-    own = [_start(algebra, target)] if algebra.learned else []
+    own = [_start(algebra, target)] if algebra.trainable else []
     return _alternate(target, moment, [plain, *own], sweeps)
 
 
@@ -131,7 +131,7 @@ def _frobenius(target: Tensor, algebra: Algebra, sweeps: int, start: Fit | None 
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     coordinates = left * values
     count = coordinates.shape[1]
-    if algebra.form == "terms" and algebra.learned:
+    if algebra.form == "terms" and algebra.trainable:
         mixing, small = left[:, : algebra.size], values[: algebra.size, None] * right[: algebra.size]
         missing = algebra.size - mixing.shape[1]  # a matrix with fewer blocks than terms is exact already
         mixing = torch.nn.functional.pad(mixing, (0, missing)).T.reshape(-1, n, n)
@@ -168,7 +168,7 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
     firsts = [output_error(target, candidate.dense(), moment) for candidate in solved]
     errors = [min(firsts)]
     best = solved[firsts.index(errors[0])]
-    for _ in range(sweeps if algebra.learned else 0):
+    for _ in range(sweeps if algebra.trainable else 0):
         current = _update_components(_update_mixing(best, moment4, cross), moment4, cross)
         error = output_error(target, current.dense(), moment)
         if not error < errors[-1]:
@@ -183,8 +183,7 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
 def _update_components(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
     """The best T (or S) for the mixing at hand: one solve of size t·d/n."""
     b = fit.mixing_matrices
-    r, n, _ = b.shape
-    m = moment4.shape[1]
+    r, m = b.shape[0], moment4.shape[1]
     pairs = torch.einsum("rab,sac->rsbc", b, b)
     gram = torch.einsum("rsbc,bicj->risj", pairs, moment4).reshape(r * m, r * m)
     right_side = torch.einsum("rab,aobi->rio", b, cross).reshape(r * m, -1)

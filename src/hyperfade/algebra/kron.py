@@ -21,5 +21,5 @@ def kron_sum(mixing: Tensor, components: Tensor) -> Tensor:
 
 
 def rearranged(weight: Tensor, n: int) -> Tensor:
-    """W (k, d) → (n², dk/n²), one row per block (Van Loan and Pitsianis 1993): a sum of t Kronecker products has rank t."""
+    """W (k, d) → (n², dk/n²), one row per block: a sum of t Kronecker products has rank t (Van Loan 1993)."""
     return blocks(weight, n).permute(0, 2, 1, 3).reshape(n * n, -1)

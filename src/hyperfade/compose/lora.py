@@ -1,4 +1,4 @@
-"""LoRA on the language model's attention while the FFNs fade, through PEFT; merged at the end, so nothing of it stays."""
+"""LoRA on the language model's attention while the FFNs fade, through PEFT; merged at the end, so nothing stays."""
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +10,7 @@ from hyperfade.surgery import region_of
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv_proj", "query_key_value")
 
 
-def add_lora_(model: nn.Module, rank: int, alpha: float) -> None:
+def add_lora_(model: nn.Module, rank: int, alpha: int) -> None:
     """Add trainable adapters (W + alpha/rank · B A) to every query, key and value projection of the language model.
 
     Raises `PlanError` where the model has none that we know by name.
@@ -29,7 +29,10 @@ def add_lora_(model: nn.Module, rank: int, alpha: float) -> None:
         # merging writes into the base weight in place, which a teacher may share
         linear = model.get_submodule(name)
         linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)  # type: ignore[union-attr]
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True), model)
+    for parameter in training:  # PEFT freezes whatever is not an adapter
+        parameter.requires_grad_(True)
 
 
 def merge_lora_(model: nn.Module) -> None:

@@ -7,8 +7,8 @@ up to that layer and no further.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,12 @@ def _fit_ffn(
     order = None
     calibrated = recipe.method == "calibrated"
     if recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
-        order = energy_order(_second_moment(model, mine[ffn.writer], batches))
+        order = energy_order(_second_moment(model, ffn, mine[ffn.writer], batches))
         permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
     results = []
     for group in (ffn.readers, (ffn.writer,)):
         group = [name for name in group if name in mine]
-        moment = _second_moment(model, mine[group[0]], batches) if calibrated and group else None
+        moment = _second_moment(model, ffn, mine[group[0]], batches) if calibrated and group else None
         for name in group:
             results.append(_fit_matrix(mine[name], swaps[name], moment, recipe))
         for name in group:
@@ -137,16 +137,16 @@ class _Reached(Exception):
     """Raised inside a forward pass once the wanted layer has its input: the rest of the pass is not needed."""
 
 
-def _second_moment(model: nn.Module, layer: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """C (d, d) of the inputs of `layer` over all batches; padding does not count."""
+def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """C (d, d) of the inputs of `layer`, a part of `ffn`, over all batches; padding of the text does not count."""
     moment: SecondMoment | None = None
     mask: Tensor | None = None
 
     def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal moment
-        x = args[0]
-        if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
-            x = x[mask.bool()]
+        x = args[0].flatten(0, -2)  # some families (OPT) flatten it themselves
+        if mask is not None and len(x) == mask.numel():
+            x = x[mask.flatten().bool()]
         if moment is None:
             moment = SecondMoment(x.shape[-1], x.device)
         moment.add_(x)
@@ -154,7 +154,7 @@ def _second_moment(model: nn.Module, layer: nn.Module, batches: Sequence[Batch])
 
     with _hooks({layer: collect}):
         for batch in batches:
-            mask = batch.get("attention_mask")
+            mask = batch.get("attention_mask") if ffn.region in ("language", "other") else None
             _run(model, batch)
     if moment is None:
         raise FitError("No calibration batch reached the layer.", "Give calibration data with images and text.")
@@ -170,8 +170,7 @@ def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> 
     met: list[str] = []
     by_first_layer = {next(name for name in f.linears if name in {s.name for s in plan.swaps}): f for f in plan.ffns}
     layers = blends(model)
-    hooks = {layers[name]: (lambda module, args, name=name: met.append(name)) for name in by_first_layer}
-    with _hooks(hooks):
+    with _hooks({layers[name]: lambda module, args, name=name: met.append(name) for name in by_first_layer}):
         _run(model, batches[0])
     missed = [f.name for name, f in by_first_layer.items() if name not in met]
     if missed:
@@ -183,7 +182,7 @@ def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> 
 
 
 @contextmanager
-def _hooks(hooks: dict[nn.Module, Callable[[nn.Module, Any], None]]) -> Iterator[None]:
+def _hooks(hooks: Mapping[Any, Callable[[nn.Module, Any], None]]) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
     try:
         yield
@@ -193,10 +192,8 @@ def _hooks(hooks: dict[nn.Module, Callable[[nn.Module, Any], None]]) -> Iterator
 
 
 def _run(model: nn.Module, batch: Batch) -> None:
-    try:
+    with suppress(_Reached):
         model(**{key: value for key, value in batch.items() if key != "labels"})
-    except _Reached:
-        pass
 
 
 def _keep(file: Path, mine: dict[str, BlendLinear], fitted: list[LayerFit], order: Tensor | None) -> None:

@@ -5,8 +5,8 @@ A step draws its examples by number, sets α, and minimises
     (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction
 
 over the assistant's tokens. When the fade is over the dense branches are dropped and the rest of the steps polish what
-is left. α, λ and the learning rate are pure functions of the optimizer step (`schedule.py`), so a run can stop after any
-checkpoint and continue as if nothing had happened.
+is left. α, λ and the learning rate are pure functions of the optimizer step (`schedule.py`), so a run can stop after
+any checkpoint and continue as if nothing had happened.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
@@ -73,6 +74,7 @@ def distill_(
     state in it is continued from. Parameters with requires_grad outside the light layers train at the dense rate.
     Raises `TrainingError` when the loss is not finite; the last state stays as it is.
     """
+    _check_trackers(train)
     accelerator = Accelerator(mixed_precision="no", log_with=list(train.trackers) or None, project_dir=str(folder))
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
@@ -98,9 +100,11 @@ def distill_(
             terms = _losses(student_forward, teacher_forward, batch, train, blends(student).values())
             loss = terms.total(kd_weight_at(step, train), train.reconstruction_weight)
             sums += torch.stack([loss, terms.cross_entropy, terms.kl, terms.reconstruction]).detach().cpu()
-            _check_finite(loss, step, folder)
+            _check_finite("loss", loss, step, folder)
             accelerator.backward(loss / train.accumulation)
-        accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip_norm)
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        norm = accelerator.clip_grad_norm_(trained, train.clip_norm)
+        _check_finite("gradient norm", norm, step, folder)
         optimizer.step()
         optimizer.zero_grad()
         report = StepReport(
@@ -163,10 +167,21 @@ def _losses(student: Any, teacher: Any, batch: Batch, train: Train, fading: Iter
     )
 
 
-def _check_finite(loss: Tensor, step: int, folder: Path) -> None:
-    if not math.isfinite(loss.item()):
+def _check_trackers(train: Train) -> None:
+    """accelerate passes over a tracker that is not installed without a word."""
+    known = {"all", *map(str, get_available_trackers())}
+    missing = [tracker for tracker in train.trackers if tracker not in known]
+    if missing:
         raise TrainingError(
-            f"The loss became {loss.item()} in step {step + 1}; the state after step {latest_step(folder)} is intact.",
+            f"train.trackers: {', '.join(missing)} is not installed, or unknown to accelerate.",
+            f"Install it (pip install {missing[0]}), or leave it out: metrics.jsonl is always written.",
+        )
+
+
+def _check_finite(what: str, value: Any, step: int, folder: Path) -> None:
+    if not math.isfinite(value.item()):
+        raise TrainingError(
+            f"The {what} became {value.item()} in step {step + 1}; the state after step {latest_step(folder)} is intact.",
             "Lower train.learning_rate, or use train.mixed_precision: no, in a new output folder.",
         )
 
@@ -183,5 +198,7 @@ def _open_metrics(path: Path, steps: int) -> Any:
                 continue  # a line cut short by a kill belongs to a step that runs again
             if fields["step"] <= steps:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
     return path.open("a", encoding="utf-8")

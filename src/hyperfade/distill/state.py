@@ -1,7 +1,7 @@
 """The state of a training run on disk, complete enough that a killed run continued equals one that was never killed.
 
-Parameters that train, AdamW's moments, the random state and the step: safetensors and JSON, no pickle. The data order is
-a pure function of seed and step (`data_order`), so the step is the data position.
+Parameters that train, AdamW's moments, the random state and the step: safetensors and JSON, no pickle. The data order
+is a pure function of seed and step (`data_order`), so the step is the data position.
 """
 
 import json

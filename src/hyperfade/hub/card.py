@@ -64,10 +64,11 @@ def footnote(results: dict[str, Any]) -> str:
     recipe, machine = results["recipe"], results["machine"]
     count = results["quality"]["details"]["dense"]["overall"]["count"]
     return (
-        f"Data: {recipe['data']['evaluation']}, {count:,} questions, greedy answers, exact match, Wilson interval. Speed: "
-        f"{recipe['dtype']}, one prompt of {results['prompt_tokens']} tokens, medians and quartiles over alternating "
-        f"rounds against the dense model in the same run. Machine: {machine['processor']}, {machine['threads']} threads, "
-        f"accelerator {machine['accelerator']}; torch {machine['torch']}, transformers {machine['transformers']}; "
+        f"Data: {recipe['data']['evaluation']}, {count:,} questions, greedy answers, exact match, Wilson interval. "
+        f"Speed: {recipe['dtype']}, one prompt of {results['prompt_tokens']} tokens, medians and quartiles over "
+        f"alternating rounds against the dense model in the same run. Machine: {machine['processor']}, "
+        f"{machine['threads']} threads, accelerator {machine['accelerator']}; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}; "
         f"{machine['date']}."
     )
 

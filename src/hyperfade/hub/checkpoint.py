@@ -43,7 +43,9 @@ def mark_(model: nn.Module) -> None:
     """Write what the model's layers are into its config, where `from_pretrained` looks for it."""
     if not isinstance(model, PreTrainedModel):
         return  # a plain nn.Module has no config: its owner saves the state dict
-    config = HyperfadeConfig({name: LightSpec.of(layer).to_dict() for name, layer in light_modules(model).items()})
+    config = HyperfadeConfig(
+        layers={name: LightSpec.of(layer).to_dict() for name, layer in light_modules(model).items()}
+    )
     model.config.quantization_config = config
     model.hf_quantizer = HyperfadeQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

@@ -4,11 +4,13 @@ config.json of a compressed model holds
 
     "quantization_config": {"quant_method": "hyperfade", "version": 1, "layers": {name: spec}, "inner": null}
 
-`import hyperfade` registers the method. Before weights are read, the quantizer puts replacement layers into the skeleton;
-the weights then fill them by name. Without the import transformers (5.x) only warns of an unknown method and would fill
-the missing dense weights at random. So every replaced matrix also leaves an empty tensor under its dense name,
-`<layer>.weight` of shape (0,): a reader that expects the dense matrix meets another shape and stops. `inner` is the slot for a second quantizer's config (its checkpoints are written by
-a later version; this one refuses them instead of guessing).
+`import hyperfade` registers the method. Before weights are read, the quantizer puts replacement layers into the
+skeleton; the weights then fill them by name. Without the import transformers (5.x) only warns of an unknown method and
+would fill the missing dense weights at random. So every replaced matrix also leaves an empty tensor under its dense
+name, `<layer>.weight` of shape (0,): a reader that expects the dense matrix meets another shape and stops.
+
+`inner` is the slot for a second quantizer's config. Its checkpoints are written by a later version; this one refuses
+them instead of guessing.
 """
 
 import re
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hyperfade.errors import CheckpointError
@@ -31,7 +34,6 @@ VERSION = 1
 _KEYS = {"quant_method", "version", "layers", "inner"}
 
 
-@register_quantization_config(METHOD)
 class HyperfadeConfig(QuantizationConfigMixin):
     """Which modules are replaced by what: `layers` maps module names to the fields of a `LightSpec`.
 
@@ -39,7 +41,7 @@ class HyperfadeConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]], version: int = VERSION, inner: Any = None, **unknown: Any):
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] (transformers takes any name)
         unknown.pop("quant_method", None)
         if not isinstance(version, int) or version > VERSION:
             raise CheckpointError(
@@ -74,12 +76,16 @@ class HyperfadeConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, "version": self.version, "layers": self.layers, "inner": self.inner}
 
 
-@register_quantizer(METHOD)
 class HyperfadeQuantizer(HfQuantizer):
     """Swaps the skeleton's dense matrices for the layers that the checkpoint holds weights for."""
 
-    quantization_config: HyperfadeConfig
     storage_dtype: torch.dtype | None = None  # what weights are saved in; None: what they are
+
+    @property
+    def specs(self) -> dict[str, LightSpec]:
+        """What the model's replaced matrices are, by module name."""
+        assert isinstance(self.quantization_config, HyperfadeConfig)
+        return self.quantization_config.specs
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to `quantize on load`: compression needs calibration and training."""
@@ -91,27 +97,27 @@ class HyperfadeQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         verify_safetensors([Path(file) for file in kwargs.get("checkpoint_files") or ()])
-        install_(model, self.quantization_config.specs)
-        for name in self.quantization_config.specs:
+        install_(model, self.specs)
+        for name in self.specs:
             _mark_initialized(model, name)
-        empty = {rf"^{re.escape(name)}\.weight$" for name in self.quantization_config.specs}
+        empty = {rf"^{re.escape(name)}\.weight$" for name in self.specs}
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(known or ()) | empty
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """What `save_pretrained` writes: the weights, and the empty tensors under the dense names."""
         state = model.state_dict()
         if self.storage_dtype is not None:
             state = {k: v.to(self.storage_dtype) if v.is_floating_point() else v for k, v in state.items()}
         dtype = self.storage_dtype or model.dtype
-        return state | {f"{name}.weight": torch.empty(0, dtype=dtype) for name in self.quantization_config.specs}, {}
+        return state | {f"{name}.weight": torch.empty(0, dtype=dtype) for name in self.specs}, {}
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self) -> Any:
         """True: weights are plain tensors."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         """True: the layers train like any other."""
         return True
 
@@ -127,3 +133,7 @@ def _mark_initialized(model: nn.Module, name: str) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     for module in (parent, *model.get_submodule(name).modules()):
         module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+register_quantization_config(METHOD)(HyperfadeConfig)
+register_quantizer(METHOD)(HyperfadeQuantizer)

@@ -56,7 +56,7 @@ class PHMLinear(nn.Module):
             self.T = nn.Parameter(torch.empty(size, k_block, d_block, **like))
         else:
             mixing = torch.empty(size, n, n, **like)
-            if algebra.learned:
+            if algebra.trainable:
                 self.A = nn.Parameter(mixing)
             else:
                 self.register_buffer("A", mixing)
@@ -111,12 +111,12 @@ class PHMLinear(nn.Module):
     @torch.no_grad()
     def load_fit_(self, fit: Fit) -> None:
         """Take over the factors of a fit of the same algebra and widths, in this layer's dtype."""
-        if self.algebra.form == "products":
+        if fit.left is not None and fit.right is not None:
             self.P.copy_(fit.left)
             self.Q.copy_(fit.right)
             self.T.copy_(fit.components)
         else:
-            self.A.copy_(fit.mixing)
+            self.A.copy_(fit.mixing_matrices)
             t, k_block, d_block = fit.components.shape
             if self.mixes_in:
                 self.core.weight.copy_(fit.components.permute(1, 0, 2).reshape(k_block, t * d_block))

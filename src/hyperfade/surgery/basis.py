@@ -11,12 +11,12 @@ from hyperfade.surgery.families import FFN
 
 
 def energy_order(second_moment: Tensor) -> Tensor:
-    """Hidden units by falling energy E[h²]: the order (hidden,) for `permute_hidden_`; second_moment (hidden, hidden)."""
+    """Hidden units by falling energy E[h²]: an order (hidden,) for `permute_hidden_`; C is (hidden, hidden)."""
     return torch.argsort(second_moment.diagonal(), descending=True, stable=True)
 
 
 def permute_hidden_(linears: dict[str, nn.Linear], ffn: FFN, order: Tensor) -> None:
-    """Reorder the hidden units of `ffn`. Its parameters become new tensors: a teacher that shared them keeps the old."""
+    """Reorder the hidden units of `ffn`. Its parameters become new tensors: a teacher keeps the old ones."""
     for name in ffn.readers:
         reader = linears[name]
         reader.weight = _frozen(reader.weight[order])

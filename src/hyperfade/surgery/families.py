@@ -32,7 +32,8 @@ PROJECTOR_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
 SINGLE_PROJECTORS = ("language_projection", "multi_modal_projector", "mm_projector")  # an nn.Linear themselves (BLIP-2)
 
 _PROJECTOR = re.compile(
-    r"(^|\.)(multi_modal_projector|mm_projector|connector|modality_projection|merger|qformer|language_projection)(\.|$)"
+    r"(^|\.)(multi_modal_projector|mm_projector|connector|modality_projection|merger|deepstack_merger_list|qformer"
+    r"|language_projection)(\.|$)"
 )
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|vision_embed_tokens)(\.|$)")
 _POOLING_HEAD = re.compile(r"(^|\.)head(\.|$)")  # SigLIP's attention pooling: not on a VLM's path
