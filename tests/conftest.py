@@ -1,0 +1,18 @@
+"""What every test shares: one seed before each, and Hypothesis without clocks or chance."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+settings.register_profile("hyperfade", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("hyperfade")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
