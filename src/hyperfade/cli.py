@@ -88,7 +88,9 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, dense or compressed, or `embedded`.")] = "embedded",
     data: DataOption = "easy-vqa:test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only this many questions, a seeded sample [default: all].")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only this many questions, a seeded sample [default: all].")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="What the model runs in.")] = "float32",

@@ -9,7 +9,7 @@ Every field has its help text beside it; `hyperfade compress --help` and the doc
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -180,7 +180,7 @@ class Data(_Section):
 class Rival(_Section):
     """Another way to the same size, trained with the same data and budget for comparison."""
 
-    replace: Replace
+    replace: Replace = Field(description="what it replaces; keys as in the recipe's own `replace`")
     fit: Fit | None = Field(default=None, description="its own fit; null takes the recipe's")
     train: Train | None = Field(default=None, description="its own training; null takes the recipe's")
 
@@ -248,16 +248,28 @@ class Recipe(_Section):
 
 
 def describe() -> list[str]:
-    """Every key of a recipe with its default and its meaning, one per line."""
-    return list(_described(Recipe, ""))
+    """Every key of a recipe with its default and its meaning, one per line; keys of a section that comes again (what a
+    layer becomes, say) are listed where it comes first."""
+    return list(_described(Recipe, "", set()))
 
 
-def _described(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def _described(section: type[BaseModel], prefix: str, known: set[type[BaseModel]]) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        if field.description is None:  # a section of its own
-            assert isinstance(field.annotation, type)
-            yield from _described(field.annotation, f"{prefix}{name}.")
-            continue
-        default = field.get_default()
-        shown = default.model_dump(exclude_defaults=True) if isinstance(default, BaseModel) else default
-        yield f"{prefix}{name}: {field.description} [default: {shown}]"
+        if field.description is not None:
+            default = field.get_default()
+            shown = default.model_dump(exclude_defaults=True) if isinstance(default, BaseModel) else default
+            note = " [required]" if field.is_required() else f" [default: {shown}]"
+            yield f"{prefix}{name}: {field.description}{'' if '[default' in field.description else note}"
+        inner, place = _section_in(field.annotation)
+        if inner is not None and inner not in known:
+            known.add(inner)
+            yield from _described(inner, f"{prefix}{name}{place}.", known)
+
+
+def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The section that a key of this type holds, if any, and how its place in a list or mapping is written."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, ""
+    place = {tuple: "[]", dict: ".NAME"}.get(get_origin(annotation), "")
+    sections = [section for section, _ in map(_section_in, get_args(annotation)) if section]
+    return (sections[0], place) if sections else (None, "")

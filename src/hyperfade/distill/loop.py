@@ -181,7 +181,8 @@ def _check_trackers(train: Train) -> None:
 def _check_finite(what: str, value: Any, step: int, folder: Path) -> None:
     if not math.isfinite(value.item()):
         raise TrainingError(
-            f"The {what} became {value.item()} in step {step + 1}; the state after step {latest_step(folder)} is intact.",
+            f"The {what} became {value.item()} in step {step + 1}; "
+            f"the state after step {latest_step(folder)} is intact.",
             "Lower train.learning_rate, or use train.mixed_precision: no, in a new output folder.",
         )
 
