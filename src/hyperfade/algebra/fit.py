@@ -27,9 +27,11 @@ from hyperfade.algebra.bases import Algebra
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank
 from hyperfade.algebra.moments import conditioned, output_error, solve_psd
+from hyperfade.algebra.wide import mixing_gram, sweep_components
 from hyperfade.errors import FitError
 
 _PROGRESS = 1e-5  # a sweep that lowers the error by a smaller share than this is the last
+_JOINT_SOLVE_LIMIT = 4096  # unknowns per output row up to which all components are solved for at once
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,12 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
 
 
 def _update_components(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
-    """The best T (or S) for the mixing at hand: one solve of size t·d/n."""
+    """The best T (or S) for the mixing at hand: one solve of size t·d/n, or one of size d/n for each."""
     b = fit.mixing_matrices
     r, m = b.shape[0], moment4.shape[1]
+    if r * m > _JOINT_SOLVE_LIMIT:
+        known = fit.components if fit.components.numel() else cross.new_zeros(r, cross.shape[1], m)
+        return replace(fit, components=sweep_components(b, known, moment4, cross))
     pairs = torch.einsum("rab,sac->rsbc", b, b)
     gram = torch.einsum("rsbc,bicj->risj", pairs, moment4).reshape(r * m, r * m)
     right_side = torch.einsum("rab,aobi->rio", b, cross).reshape(r * m, -1)
@@ -195,8 +200,10 @@ def _update_mixing(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
     """The best mixing for the components at hand: A in one solve of size t·n; Q, then P, in two."""
     t = fit.components
     r, n = t.shape[0], moment4.shape[0]
-    overlap = torch.einsum("roi,soj->risj", t, t)
-    m = torch.einsum("risj,bicj->rbsc", overlap, moment4)
+    if r * t.shape[2] > _JOINT_SOLVE_LIMIT:
+        m = mixing_gram(t, moment4)
+    else:
+        m = torch.einsum("risj,bicj->rbsc", torch.einsum("roi,soj->risj", t, t), moment4)
     right_side = torch.einsum("roi,aobi->arb", t, cross)
     if fit.left is None or fit.right is None:
         solution = solve_psd(m.reshape(r * n, r * n), right_side.reshape(n, r * n).T)

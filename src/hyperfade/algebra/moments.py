@@ -32,7 +32,7 @@ class SecondMoment:
 
 
 def conditioned(second_moment: Tensor | None, features: int, ridge: float, device: torch.device) -> Tensor | None:
-    """C (d, d) in float64, symmetric, with `ridge` · mean(diag C) on its diagonal; None stays None.
+    """C (d, d), which must be symmetric, in float64 with `ridge` · mean(diag C) on its diagonal; None stays None.
 
     Raises `FitError` where C has another shape, or holds NaN or infinite values. Inputs that are zero throughout tell
     nothing, so they count as None.
@@ -52,8 +52,9 @@ def conditioned(second_moment: Tensor | None, features: int, ridge: float, devic
     scale = moment.diagonal().mean()
     if scale <= 0:
         return None
-    moment = (moment + moment.T) / 2
-    moment.diagonal().add_(ridge * scale)
+    if ridge:
+        moment = moment.clone()
+        moment.diagonal().add_(ridge * scale)
     return moment
 
 
@@ -68,14 +69,14 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -
 
 
 def solve_psd(gram: Tensor, right_side: Tensor) -> Tensor:
-    """X with gram · X = right_side, gram (p, p) positive semidefinite, right_side (p, q).
+    """X with gram · X = right_side, gram (p, p) positive semidefinite, right_side (p, q). Uses up `gram`.
 
     Cholesky where the (diagonally scaled) system allows it; else the minimum-norm solution from its eigenvectors, which
     is still a minimiser because normal equations are always consistent.
     """
     scale = gram.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = gram / scale[:, None] / scale[None, :]
+    scaled = gram.div_(scale[:, None]).div_(scale[None, :])
     factor, info = torch.linalg.cholesky_ex(scaled)
     if info == 0 and factor.diagonal().min() > 1e-7:
         return torch.cholesky_solve(right_side / scale[:, None], factor) / scale[:, None]
