@@ -4,6 +4,7 @@ Works on a model on the meta device as well, so a config alone is enough to plan
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -81,18 +82,22 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
     """
     choice = recipe.replace if isinstance(recipe, Recipe) else recipe
     modules = dict(model.named_modules())
-    ffns = find_ffns(model) + _matched_by_pattern(modules, choice)
+    found = find_ffns(model)
+    ffns = found + _matched_by_pattern(modules, choice, {name for ffn in found for name in ffn.linears})
     if not ffns:
         raise NothingMatchedError(
             f"{type(model).__name__} has no feed-forward network of a known shape.",
             "Name its nn.Linear modules with replace.patterns, e.g. patterns: ['*.mlp.*'], and replace.other.",
         )
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     swaps, kept = [], []
     for ffn in ffns:
         for name in ffn.linears:
             linear = modules[name]
             assert isinstance(linear, nn.Linear)
             layer, reason = _choose(choice, ffn, name, linear, ffns)
+            if layer is not None and uses[id(linear.weight)] > 1:  # the other user would keep it dense
+                layer, reason = None, "sharing its weight with another module"
             if layer is None:
                 kept.append((name, reason))
             else:
@@ -113,8 +118,8 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
     )
 
 
-def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace) -> tuple[FFN, ...]:
-    """Each `nn.Linear` a user's pattern names, as an FFN of its own."""
+def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace, taken: set[str]) -> tuple[FFN, ...]:
+    """Each `nn.Linear` a user's pattern names, as an FFN of its own, unless it is `taken` by a known shape."""
     linears = [name for name, module in modules.items() if type(module) is nn.Linear]
     found: dict[str, FFN] = {}
     for pattern in choice.patterns:
@@ -125,7 +130,7 @@ def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace) -> tuple
                 f"Pattern {pattern!r} matches no nn.Linear module.",
                 f"The model's linears: {near}{', …' if linears[3:] else ''}.",
             )
-        found.update({name: FFN(name, "other", (), name) for name in names})
+        found.update({name: FFN(name, "other", (), name) for name in names if name not in taken})
     return tuple(found.values())
 
 
@@ -148,14 +153,15 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: nn.Linear, ffns: tuple
 def _spec(layer: Layer, linear: nn.Linear, name: str) -> LightSpec:
     d, k, bias = linear.in_features, linear.out_features, linear.bias is not None
     if layer.fraction is not None:
-        rank = rank_for(d, k, layer.fraction * d * k)
-        return LightSpec(d, k, bias, None, rank)
-    algebra = algebra_of(layer)
-    algebra.check_features(d, k, where=name)
-    spec = LightSpec(d, k, bias, algebra, layer.companion_rank)
-    if spec.num_parameters >= d * k:
+        spec = LightSpec(d, k, bias, None, rank_for(d, k, layer.fraction * d * k))
+    else:
+        algebra = algebra_of(layer)
+        algebra.check_features(d, k, where=name)
+        spec = LightSpec(d, k, bias, algebra, layer.companion_rank)
+    dense = d * k + (k if bias else 0)
+    if spec.num_parameters >= dense:
         raise PlanError(
-            f"{name} ({k}, {d}) would grow: {spec.label} has {spec.num_parameters:,} parameters, dense {d * k:,}.",
+            f"{name} ({k}, {d}) would not shrink: {spec.label} has {spec.num_parameters:,} parameters, dense {dense:,}.",
             "Use fewer terms or products, a smaller companion_rank, or exclude the matrix.",
         )
     return spec

@@ -49,12 +49,13 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (
-            spec.in_features,
-            spec.out_features,
+        expected = (spec.in_features, spec.out_features, spec.bias)
+        if (
+            not isinstance(linear, nn.Linear)
+            or (linear.in_features, linear.out_features, linear.bias is not None) != expected
         ):
             raise PlanError(
-                f"The checkpoint replaces {name} ({spec.out_features}, {spec.in_features}); {type(model).__name__} has "
+                f"The checkpoint replaces {name} with (in, out, bias) = {expected}; {type(model).__name__} has "
                 f"{linear if linear is not None else 'no such module'} there.",
                 "Load it with the class that config.json names under `architectures`.",
             )
