@@ -4,7 +4,7 @@ from hyperfade.algebra.bases import NAMED, Algebra, BilinearFactors
 from hyperfade.algebra.fit import Fit, fit
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_for
-from hyperfade.algebra.moments import SecondMoment, output_error
+from hyperfade.algebra.moments import SecondMoment, conditioned, output_error
 
 __all__ = [
     "NAMED",
@@ -14,6 +14,7 @@ __all__ = [
     "LowRankFit",
     "SecondMoment",
     "blocks",
+    "conditioned",
     "fit",
     "kron_sum",
     "low_rank",

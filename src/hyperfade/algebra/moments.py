@@ -32,7 +32,7 @@ class SecondMoment:
 
 
 def conditioned(second_moment: Tensor | None, features: int, ridge: float, device: torch.device) -> Tensor | None:
-    """C (d, d), which must be symmetric, in float64 with `ridge` · mean(diag C) on its diagonal; None stays None.
+    """C (d, d) in float64, symmetric, with `ridge` · mean(diag C) on its diagonal; None and ridge 0 change nothing.
 
     Raises `FitError` where C has another shape, or holds NaN or infinite values. Inputs that are zero throughout tell
     nothing, so they count as None.
@@ -53,7 +53,7 @@ def conditioned(second_moment: Tensor | None, features: int, ridge: float, devic
     if scale <= 0:
         return None
     if ridge:
-        moment = moment.clone()
+        moment = (moment + moment.T).div_(2)
         moment.diagonal().add_(ridge * scale)
     return moment
 

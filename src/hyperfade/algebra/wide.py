@@ -2,7 +2,7 @@
 
 A joint solve for all components needs a second and a third matrix of C's size, and time cubic in d. Here each component
 is solved for while the others rest (block coordinate descent): systems of size d/n, and no memory of C's size beyond C.
-Where the mixing matrices are orthogonal to each other, as they are at an algebra's start, one pass is the joint optimum.
+Where P's rows are orthogonal, as they are at the start, one pass is the joint optimum.
 """
 
 import torch

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperfade.algebra import SecondMoment, fit, low_rank
+from hyperfade.algebra import SecondMoment, conditioned, fit, low_rank
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear, PHMLinear
 from hyperfade.recipe import Fit as FitRecipe
@@ -112,7 +112,7 @@ def _fit_ffn(
 def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: FitRecipe) -> LayerFit:
     start = time.perf_counter()
     try:
-        rival = low_rank(blend.dense.weight, matched_low_rank(swap), moment, ridge=recipe.ridge)
+        rival = low_rank(blend.dense.weight, matched_low_rank(swap), moment, ridge=0)
         error, sweeps = rival.error, 0
         if isinstance(blend.light, PHMLinear):
             assert swap.spec.algebra is not None
@@ -122,7 +122,7 @@ def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: F
                 moment,
                 sweeps=recipe.sweeps,
                 companion_rank=swap.spec.rank,
-                ridge=recipe.ridge,
+                ridge=0,
             )
             blend.light.load_fit_(best)
             error, sweeps = best.error, len(best.errors)
@@ -158,7 +158,7 @@ def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequen
             _run(model, batch)
     if moment is None:
         raise FitError("No calibration batch reached the layer.", "Give calibration data with images and text.")
-    return moment.mean()
+    return moment
 
 
 def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
