@@ -65,7 +65,7 @@ def test_solver_agrees_with_torch_where_well_posed() -> None:
     root = torch.randn(8, 8).double()
     gram, right = root @ root.T + torch.eye(8), torch.randn(8, 3).double()
     torch.testing.assert_close(
-        solve_psd(gram, right), torch.linalg.solve(gram, right), rtol=1e-9, atol=1e-11
+        solve_psd(gram.clone(), right), torch.linalg.solve(gram, right), rtol=1e-9, atol=1e-11
     )  # seen 5e-16
 
 
@@ -74,6 +74,6 @@ def test_solver_satisfies_singular_but_consistent_systems(scale: float) -> None:
     root = torch.randn(8, 3).double() * scale
     gram = root @ root.T
     right = gram @ torch.randn(8, 2).double()
-    solution = solve_psd(gram, right)
+    solution = solve_psd(gram.clone(), right)
     assert torch.linalg.norm(gram @ solution - right) <= 1e-10 * torch.linalg.norm(right)  # seen 5e-16
     assert torch.equal(solve_psd(gram * 0, right * 0), right * 0)

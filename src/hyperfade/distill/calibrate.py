@@ -96,12 +96,12 @@ def _fit_ffn(
     order = None
     calibrated = recipe.method == "calibrated"
     if recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
-        order = energy_order(_second_moment(model, ffn, mine[ffn.writer], batches))
+        order = energy_order(_second_moment(model, ffn, mine[ffn.writer], batches, ridge=0))
         permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
     results = []
     for group in (ffn.readers, (ffn.writer,)):
         group = [name for name in group if name in mine]
-        moment = _second_moment(model, ffn, mine[group[0]], batches) if calibrated and group else None
+        moment = _second_moment(model, ffn, mine[group[0]], batches, recipe.ridge) if calibrated and group else None
         for name in group:
             results.append(_fit_matrix(mine[name], swaps[name], moment, recipe))
         for name in group:
@@ -137,8 +137,9 @@ class _Reached(Exception):
     """Raised inside a forward pass once the wanted layer has its input: the rest of the pass is not needed."""
 
 
-def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """C (d, d) of the inputs of `layer`, a part of `ffn`, over all batches; padding of the text does not count."""
+def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequence[Batch], ridge: float) -> Tensor:
+    """C (d, d) of the inputs of `layer`, a part of `ffn`, over all batches, with the ridge that all fits on it share;
+    padding of the text does not count."""
     moment: SecondMoment | None = None
     mask: Tensor | None = None
 
@@ -157,8 +158,13 @@ def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequen
             mask = batch.get("attention_mask") if ffn.region in ("language", "other") else None
             _run(model, batch)
     if moment is None:
-        raise FitError("No calibration batch reached the layer.", "Give calibration data with images and text.")
-    return moment
+        raise FitError(f"No calibration batch reaches {ffn.name}.", "Give calibration data with images and text.")
+    try:
+        second_moment = moment.mean()
+        ridged = conditioned(second_moment, len(second_moment), ridge, second_moment.device)
+    except FitError as failure:
+        raise FitError(f"{ffn.name}: {failure.message}", failure.hint) from failure
+    return second_moment if ridged is None else ridged
 
 
 def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
