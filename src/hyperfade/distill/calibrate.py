@@ -163,7 +163,8 @@ def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequen
         second_moment = moment.mean()
         ridged = conditioned(second_moment, len(second_moment), ridge, second_moment.device)
     except FitError as failure:
-        raise FitError(f"{ffn.name}: {failure.message}", failure.hint) from failure
+        name = next(name for name, module in model.named_modules() if module is layer)
+        raise FitError(f"{name}: {failure.message}", failure.hint) from failure
     return second_moment if ridged is None else ridged
 
 
