@@ -39,9 +39,30 @@ class Task:
     source: Source
     collator: Collator
 
+    @property
+    def device(self) -> torch.device:
+        """Where models run: the accelerator, if there is one."""
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+
+    def dense(self) -> Any:
+        """The model to compress, fresh from its checkpoint."""
+        return load(self.recipe.model, self.recipe.dtype).to(self.device)  # pyright: ignore[reportArgumentType]
+
+    def finished(self, variant: Variant) -> Any:
+        """A variant's saved model, loaded as a user would."""
+        return load(str(variant.model)).to(self.device)  # pyright: ignore[reportArgumentType]
+
     def training_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The training batch of the examples with these numbers."""
-        return self.collator.training_batch([self.source[i] for i in numbers])
+        """The training batch of the examples with these numbers, on the device."""
+        batch = self.collator.training_batch([self.source[i] for i in numbers])
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def prompt_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The prompts of the examples with these numbers, on the device, in the recipe's dtype."""
+        batch = self.collator.prompt_batch([self.source[i] for i in numbers])
+        dtype = getattr(torch, self.recipe.dtype)
+        return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 
     def calibration_batches(self, fit: Fit) -> list[dict[str, Tensor]]:
         """Batches of a seeded sample of training examples."""
@@ -91,7 +112,7 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     variant.work.mkdir(parents=True, exist_ok=True)
     recipe, train = task.recipe, variant.train
     torch.manual_seed(recipe.seed)
-    student = load(recipe.model, recipe.dtype)
+    student = task.dense()
     the_plan = plan(student, variant.replace)
     for line in plan_lines(the_plan):
         say(f"[{variant.name}] {line}")
@@ -128,7 +149,7 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in layers],
         "fit_seconds": fit_seconds,
         "training": asdict(summary),
-        "reload_bit_equal": _reload_bit_equal(student, variant.model, task),
+        "reload_bit_equal": _reload_bit_equal(student, task.finished(variant), task),
         "ffn_params_ratio": the_plan.ffn_params_ratio,
         "params_ratio": num_parameters(student) / num_parameters(teacher),
         "kept_dense": [list(pair) for pair in the_plan.kept],
@@ -167,12 +188,9 @@ def _matched_parameters(model: Any, train: Train) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _reload_bit_equal(model: Any, folder: Path, task: Task) -> bool:
+def _reload_bit_equal(model: Any, reloaded: Any, task: Task) -> bool:
     """Whether the saved model, loaded again, gives the very same logits and greedy answers."""
-    reloaded: Any = load(str(folder))
-    examples = [task.source[i] for i in range(min(8, len(task.source)))]
-    batch = task.collator.prompt_batch(examples)
-    batch = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    batch = task.prompt_batch(range(min(8, len(task.source))))
     with torch.inference_mode():
         logits = torch.equal(model(**batch).logits, reloaded(**batch).logits)
         options = {"do_sample": False, "max_new_tokens": task.recipe.data.max_new_tokens}
@@ -183,7 +201,7 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
     """Everything results.json holds: quality model by model, then the speed of all of them in one run."""
     recipe = task.recipe
     folders = {variant.name: variant for variant in variants(recipe)}
-    models = {"dense": load(recipe.model, recipe.dtype)} | {name: load(str(v.model)) for name, v in folders.items()}
+    models = {"dense": task.dense()} | {name: task.finished(variant) for name, variant in folders.items()}
     qualities = {}
     for name, model in models.items():
         cached = recipe.output / "work" / f"quality-{name}.json"
@@ -193,8 +211,7 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
         overall = qualities[name]["overall"]
         say(f"[{name}] exact match {overall['accuracy']:.2%} of {overall['count']} questions")
     say("Measuring speed: all models in alternating rounds")
-    prompt = task.collator.prompt_batch([task.source[0]])
-    prompt = {k: v.to(getattr(torch, recipe.dtype)) if v.is_floating_point() else v for k, v in prompt.items()}
+    prompt = task.prompt_batch([0])
     speeds = compare_speed(models, prompt)
     dense_folder = Path(resolve(recipe.model))
     dense_bytes = disk_bytes(dense_folder) if dense_folder.is_dir() else weight_bytes(models["dense"])

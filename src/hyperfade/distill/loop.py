@@ -85,7 +85,7 @@ def distill_(
         load_state(folder, first, student, optimizer)
     metrics = _open_metrics(folder / "metrics.jsonl", first)
     # the optimizer stays outside `prepare`: its state is saved by name, and a step of it is a step of the schedule
-    student_forward, teacher_forward = accelerator.prepare(student), teacher.to(accelerator.device)
+    student_forward = accelerator.prepare(student)
     student.train()
     order = data_order(num_examples, seed, first * train.accumulation * train.batch_size)
     began = time.perf_counter()
@@ -96,8 +96,8 @@ def distill_(
             group["lr"] = peak * learning_rate_factor(step, train)
         sums = torch.zeros(4)
         for _ in range(train.accumulation):
-            batch = {k: v.to(accelerator.device) for k, v in batch_of(list(islice(order, train.batch_size))).items()}
-            terms = _losses(student_forward, teacher_forward, batch, train, blends(student).values())
+            batch = batch_of(list(islice(order, train.batch_size)))
+            terms = _losses(student_forward, teacher, batch, train, blends(student).values())
             loss = terms.total(kd_weight_at(step, train), train.reconstruction_weight)
             sums += torch.stack([loss, terms.cross_entropy, terms.kl, terms.reconstruction]).detach().cpu()
             _check_finite("loss", loss, step, folder)
@@ -118,7 +118,6 @@ def distill_(
         metrics.write(json.dumps(asdict(report)) + "\n")
         accelerator.log({k: v for k, v in asdict(report).items() if k != "step"}, step=step + 1)
         if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
-            metrics.flush()
             save_state(folder, step + 1, student, optimizer)
     metrics.close()
     _prepare_branches(student, steps, train)
@@ -202,4 +201,4 @@ def _open_metrics(path: Path, steps: int) -> Any:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", buffering=1)

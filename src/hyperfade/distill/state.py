@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hyperfade.errors import CheckpointError
 from hyperfade.hub import write_folder
 
-_TENSORS, _PROGRESS, _RANDOM = "state.safetensors", "progress.json", "random_state"
+_TENSORS, _PROGRESS = "state.safetensors", "progress.json"
+_RANDOM, _DEVICE_RANDOM = "random_state", "device_random_state"
 
 
 def data_order(num_examples: int, seed: int, first: int) -> Iterator[int]:
@@ -36,6 +37,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the state after `step` optimizer steps to `folder`/step-N, atomically; older steps are then removed."""
     tensors: dict[str, Tensor] = {_RANDOM: torch.get_rng_state()}
+    if torch.accelerator.is_available():
+        tensors[_DEVICE_RANDOM] = torch.get_device_module().get_rng_state()
     for name, parameter in trained_parameters(model).items():
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -64,6 +67,8 @@ def load_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim
     target = folder / f"step-{step:07d}"
     tensors = load_file(target / _TENSORS)
     torch.set_rng_state(tensors.pop(_RANDOM))
+    if torch.accelerator.is_available() and _DEVICE_RANDOM in tensors:
+        torch.get_device_module().set_rng_state(tensors.pop(_DEVICE_RANDOM))
     parameters = trained_parameters(model)
     saved = {key.removeprefix("parameter/") for key in tensors if key.startswith("parameter/")}
     if saved != set(parameters):
