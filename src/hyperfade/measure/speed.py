@@ -44,15 +44,17 @@ def compare_speed(
 
 def _prefill_and_decode(model: Any, prompt: dict[str, Tensor], new_tokens: int) -> tuple[float, float]:
     """Seconds of the prefill, and seconds per decoded token."""
-    mask = prompt["attention_mask"]
+    mask, padded = prompt["attention_mask"], not prompt["attention_mask"].all()
     start = _now()
     output = model(**prompt, use_cache=True)
     prefill = _now() - start
     start = _now()
     for _ in range(new_tokens):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+        token, places = output.logits[:, -1:].argmax(-1), {}
+        if padded:  # only then: Qwen-VL models take a mask of the whole length for positions of the whole length
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            places = {"attention_mask": mask, "position_ids": mask.cumsum(-1)[:, -1:] - 1}
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **places)
     return prefill, (_now() - start) / new_tokens
 
 
