@@ -1,6 +1,6 @@
 """Peak memory of a calibrated fit, relative to the model: python benchmarks/fit_memory.py [--hidden 2048 ...]
 
-A causal language model with random weights at the shapes of SmolLM2-1.7B is loaded, swapped as a whole, and its first
+A causal language model with random weights at the shapes of Qwen2.5-VL-3B.s language model is loaded, swapped as a whole, and its first
 FFN is fitted as `hyperfade compress` would; every other FFN takes the same memory, one at a time. What counts is the
 process's peak resident size, less what it was before the model existed.
 """
@@ -30,8 +30,8 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048, help="features of the residual stream")
-    parser.add_argument("--ffn", type=int, default=8192, help="hidden units of an FFN")
-    parser.add_argument("--layers", type=int, default=24, help="decoder layers")
+    parser.add_argument("--ffn", type=int, default=11008, help="hidden units of an FFN")
+    parser.add_argument("--layers", type=int, default=36, help="decoder layers")
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "fit_memory.json")
     args = parser.parse_args()
@@ -42,9 +42,9 @@ def main() -> None:
         hidden_size=args.hidden,
         intermediate_size=args.ffn,
         num_hidden_layers=args.layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=49152,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()

@@ -4,7 +4,7 @@ from hyperfade.algebra.bases import NAMED, Algebra, BilinearFactors
 from hyperfade.algebra.fit import Fit, fit
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_for
-from hyperfade.algebra.moments import SecondMoment, conditioned, output_error
+from hyperfade.algebra.moments import SecondMoment, conditioned, output_error, ridge_
 
 __all__ = [
     "NAMED",
@@ -21,4 +21,5 @@ __all__ = [
     "output_error",
     "rank_for",
     "rearranged",
+    "ridge_",
 ]

@@ -1,9 +1,13 @@
 """Second moments of layer inputs, and the two numerical tools every fit shares."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from hyperfade.errors import FitError
+
+_ROWS = 512  # rows of W handled at a time where a temporary of W's size would be in the way
 
 
 class SecondMoment:
@@ -52,20 +56,27 @@ def conditioned(second_moment: Tensor | None, features: int, ridge: float, devic
     scale = moment.diagonal().mean()
     if scale <= 0:
         return None
-    if ridge:
-        moment = (moment + moment.T).div_(2)
-        moment.diagonal().add_(ridge * scale)
+    return ridge_((moment + moment.T).div_(2), ridge) if ridge else moment
+
+
+def ridge_(moment: Tensor, ridge: float) -> Tensor:
+    """Add `ridge` · mean(diag C) to the diagonal of C (d, d), in place; returns C."""
+    moment.diagonal().add_(ridge * moment.diagonal().mean())
     return moment
 
 
 def output_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -> float:
     """‖(W − Ŵ) C^½‖ / ‖W C^½‖ (0 for W = 0); plain Frobenius where `moment` is None."""
-    rest = weight - approximation
-    if moment is None:
-        error, whole = rest.square().sum(), weight.square().sum()
-    else:
-        error, whole = ((rest @ moment) * rest).sum(), ((weight @ moment) * weight).sum()
-    return (error.clamp_min(0) / whole).sqrt().item() if whole > 0 else 0.0
+    error = whole = 0.0
+    for dense, light in zip(weight.split(_ROWS), approximation.split(_ROWS), strict=True):
+        error += _energy(dense - light, moment)
+        whole += _energy(dense, moment)
+    return math.sqrt(max(error, 0.0) / whole) if whole > 0 else 0.0
+
+
+def _energy(rows: Tensor, moment: Tensor | None) -> float:
+    """tr(rows · C · rowsᵀ)."""
+    return (rows.square() if moment is None else (rows @ moment) * rows).sum().item()
 
 
 def solve_psd(gram: Tensor, right_side: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperfade.algebra import SecondMoment, conditioned, fit, low_rank
+from hyperfade.algebra import SecondMoment, conditioned, fit, low_rank, ridge_
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear, PHMLinear
 from hyperfade.recipe import Fit as FitRecipe
@@ -161,11 +161,11 @@ def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequen
         raise FitError(f"No calibration batch reaches {ffn.name}.", "Give calibration data with images and text.")
     try:
         second_moment = moment.mean()
-        ridged = conditioned(second_moment, len(second_moment), ridge, second_moment.device)
+        conditioned(second_moment, len(second_moment), 0, second_moment.device)  # finite?
     except FitError as failure:
         name = next(name for name, module in model.named_modules() if module is layer)
         raise FitError(f"{name}: {failure.message}", failure.hint) from failure
-    return second_moment if ridged is None else ridged
+    return ridge_(second_moment, ridge)
 
 
 def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
