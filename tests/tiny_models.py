@@ -81,9 +81,9 @@ class Family:
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         """The model, in evaluation mode."""
-        model = self.model_class(self.config())
+        model = self.model_class._from_config(self.config(), dtype=dtype)  # .to(dtype) would round rotary angles too
         randomize_(model, seed)
-        return model.to(dtype).eval()
+        return model.eval()
 
     def meta(self) -> Any:
         """The model on the meta device: shapes without memory."""

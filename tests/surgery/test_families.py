@@ -120,7 +120,7 @@ def test_numbers_and_parameters_follow_from_the_config(name: str) -> None:
 
 @ALL
 def test_every_linear_is_an_ffn_or_attention_or_head_and_never_two(name: str) -> None:
-    """Both directions: what is listed is neither attention nor embedding nor head, what is not listed is one of them."""
+    """Both directions: what is listed is neither attention nor embedding nor head, what is not listed is."""
     model = FAMILIES[name].meta()
     listed = [linear for ffn in find_ffns(model) for linear in ffn.linears]
     assert len(listed) == len(set(listed))

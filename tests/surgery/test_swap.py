@@ -185,7 +185,7 @@ def test_a_second_swap_is_refused() -> None:
     model = FAMILIES["llama"].build()
     the_plan = plan(model, Recipe())
     swap_(model, the_plan)
-    with pytest.raises(PlanError, match="is BlendLinear, the plan expects an nn.Linear"):
+    with pytest.raises(PlanError, match=r"is BlendLinear, the plan expects an nn\.Linear"):
         swap_(model, the_plan)
 
 

@@ -24,10 +24,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from hyperfade.errors import CheckpointError, OutputError
-from hyperfade.hub.integrity import verify_checkpoint
-from hyperfade.hub.quantizer import HyperfadeConfig, HyperfadeQuantizer
+from hyperfade.hub.integrity import AGAIN, verify_checkpoint
+from hyperfade.hub.quantizer import METHOD, HyperfadeConfig, HyperfadeQuantizer, align_
 from hyperfade.nn import LightSpec, light_modules
-from hyperfade.surgery import drop_dense_
+from hyperfade.surgery import drop_dense_, install_
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "easy-vqa-llava"
@@ -91,6 +91,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Raises `OutputError` that names the folder where the system refuses (full disk, no permission).
     """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"Cannot write {folder}: it is a file.", "Choose another folder.")
     temporary = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
     try:
@@ -125,6 +127,10 @@ def clear_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises for a missing or unreadable checkpoint into a `CheckpointError`."""
     try:
         yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(f"Weights of {name!r} have other shapes than its config.json says.", AGAIN) from error
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(
@@ -138,15 +144,21 @@ def load_config(name: str) -> PretrainedConfig:
     with clear_errors(name):
         if path.suffix == ".json" and path.is_file():
             fields = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"it holds a {type(fields).__name__}, not an object.")
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
         return AutoConfig.from_pretrained(str(path))
 
 
 def skeleton(name: str) -> PreTrainedModel:
-    """The model of `load_config(name)` on the meta device: shapes without memory."""
+    """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory."""
     config = load_config(name)
     with torch.device("meta"), clear_errors(name):
-        return auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
+    compression = getattr(config, "quantization_config", None) or {}
+    if compression.get("quant_method") == METHOD:
+        install_(model, HyperfadeConfig.from_dict(compression).specs)
+    return model
 
 
 def load(name: str, dtype: str = "auto", device_map: Any = None) -> PreTrainedModel:
@@ -156,7 +168,12 @@ def load(name: str, dtype: str = "auto", device_map: Any = None) -> PreTrainedMo
         verify_checkpoint(Path(source))
     with clear_errors(name):
         config = AutoConfig.from_pretrained(source)
-        return auto_class(config).from_pretrained(source, dtype=dtype, device_map=device_map).eval()
+        options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+        model, report = auto_class(config).from_pretrained(source, **options)
+    if report["missing_keys"]:
+        raise CheckpointError(f"{name!r} holds no weights for {min(report['missing_keys'])}.", AGAIN)
+    align_(model)
+    return model.eval()
 
 
 def load_processor(name: str) -> Any:

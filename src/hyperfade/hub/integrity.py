@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from hyperfade.errors import CheckpointError
 
-_AGAIN = "Copy or download the checkpoint again."
+AGAIN = "Copy or download the checkpoint again."
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -24,7 +24,7 @@ def verify_checkpoint(folder: Path) -> None:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / Path(name).name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}.", _AGAIN) from error
+        raise CheckpointError(f"{index} cannot be read: {error!r}.", AGAIN) from error
     verify_safetensors(files)
 
 
@@ -32,10 +32,10 @@ def verify_safetensors(files: list[Path]) -> None:
     """Raise `CheckpointError` for a safetensors file that is missing or truncated. Reads headers only."""
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file.name} is missing from {file.parent}.", _AGAIN)
+            raise CheckpointError(f"{file.name} is missing from {file.parent}.", AGAIN)
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError, ValueError) as error:
             size = file.stat().st_size
-            raise CheckpointError(f"{file} ({size:,} bytes) is damaged or truncated: {error}.", _AGAIN) from error
+            raise CheckpointError(f"{file} ({size:,} bytes) is damaged or truncated: {error}.", AGAIN) from error

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hyperfade.errors import CheckpointError
-from hyperfade.hub.integrity import verify_safetensors
+from hyperfade.hub.integrity import AGAIN, verify_safetensors
 from hyperfade.nn import LightSpec
 from hyperfade.surgery import install_
 
@@ -43,9 +43,9 @@ class HyperfadeConfig(QuantizationConfigMixin):
     def __init__(self, layers: dict[str, dict[str, Any]], version: int = VERSION, inner: Any = None, **unknown: Any):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] (transformers takes any name)
         unknown.pop("quant_method", None)
-        if not isinstance(version, int) or version > VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise CheckpointError(
-                f"This checkpoint has hyperfade format version {version}; this hyperfade reads up to {VERSION}.",
+                f"This checkpoint has hyperfade format version {version!r}; this hyperfade reads up to {VERSION}.",
                 "Update hyperfade: pip install --upgrade hyperfade.",
             )
         if unknown:
@@ -58,6 +58,11 @@ class HyperfadeConfig(QuantizationConfigMixin):
                 "This checkpoint was quantized after compression (quantization_config.inner is set).",
                 "This version of hyperfade does not read such checkpoints. Update hyperfade.",
             )
+        if not isinstance(layers, dict):
+            raise CheckpointError(
+                f"`layers` of quantization_config in config.json is {type(layers).__name__}, not an object.",
+                "Save the checkpoint again.",
+            )
         self.version = version
         self.inner = inner
         self.layers = layers
@@ -66,8 +71,11 @@ class HyperfadeConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config from plain JSON values; every key counts, none is ignored."""
-        if "layers" not in config_dict:
-            raise CheckpointError("quantization_config in config.json has no `layers`.", "Save the checkpoint again.")
+        for key in ("version", "layers"):
+            if key not in config_dict:
+                raise CheckpointError(
+                    f"quantization_config in config.json has no `{key}`.", "Save the checkpoint again."
+                )
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -104,11 +112,25 @@ class HyperfadeQuantizer(HfQuantizer):
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(known or ()) | empty
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Refuse a checkpoint that has left a replaced layer unfilled: its weights would be whatever memory held."""
+        for name in self.specs:
+            for part, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):  # meta: offloaded
+                    raise CheckpointError(f"The checkpoint holds no weights for {name}.{part}.", AGAIN)
+        align_(model)
+        return model
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """What `save_pretrained` writes: the weights, and the empty tensors under the dense names."""
         state = model.state_dict()
         if self.storage_dtype is not None:
-            state = {k: v.to(self.storage_dtype) if v.is_floating_point() else v for k, v in state.items()}
+            stored: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one, or they would be written twice
+            for name, tensor in state.items():
+                if tensor.is_floating_point():
+                    key = (tensor.data_ptr(), tensor.shape)
+                    stored.setdefault(key, tensor.to(self.storage_dtype))
+                    state[name] = stored[key]
         dtype = self.storage_dtype or model.dtype
         return state | {f"{name}.weight": torch.empty(0, dtype=dtype) for name in self.specs}, {}
 
@@ -125,6 +147,17 @@ class HyperfadeQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: the layers are plain tensor operations."""
         return True
+
+
+def align_(model: nn.Module) -> None:
+    """Move weights in CPU memory to addresses divisible by 64 bytes, as torch's own are.
+
+    A safetensors file is mapped to memory as it is, so a tensor may begin anywhere, and matrix products round
+    differently there: without this a loaded model is not bit-equal to the one that was saved.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _mark_initialized(model: nn.Module, name: str) -> None:

@@ -161,7 +161,7 @@ def _spec(layer: Layer, linear: nn.Linear, name: str) -> LightSpec:
     dense = d * k + (k if bias else 0)
     if spec.num_parameters >= dense:
         raise PlanError(
-            f"{name} ({k}, {d}) would not shrink: {spec.label} has {spec.num_parameters:,} parameters, dense {dense:,}.",
+            f"{name} ({k}, {d}) would not shrink: {spec.num_parameters:,} parameters as {spec.label}, dense {dense:,}.",
             "Use fewer terms or products, a smaller companion_rank, or exclude the matrix.",
         )
     return spec

@@ -17,9 +17,10 @@ def swap_(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for swap in plan.swaps:
         linear = modules.get(swap.name)
-        if type(linear) is not nn.Linear:
+        if linear is None or type(linear) is not nn.Linear:
+            found = "missing" if linear is None else type(linear).__name__
             raise PlanError(
-                f"{swap.name} is {type(linear).__name__ if linear else 'missing'}, the plan expects an nn.Linear.",
+                f"{swap.name} is {found}, the plan expects an nn.Linear.",
                 "Make the plan from this very model.",
             )
         given = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -51,7 +52,8 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
         linear = modules.get(name)
         expected = (spec.in_features, spec.out_features, spec.bias)
         if (
-            not isinstance(linear, nn.Linear)
+            linear is None
+            or not isinstance(linear, nn.Linear)
             or (linear.in_features, linear.out_features, linear.bias is not None) != expected
         ):
             raise PlanError(
