@@ -141,7 +141,8 @@ def _plot_training(metrics: list[dict[str, float]], path: Path) -> None:
     alpha = axes.twinx()
     alpha.plot(steps, [m["alpha"] for m in metrics], color="black", linestyle=":", label="α")
     alpha.set(ylabel="α", ylim=(0, 1.05))
-    axes.legend(loc="upper center", ncols=4, frameon=False)
+    if metrics:
+        axes.legend(loc="upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -55,7 +55,7 @@ def test_merging_keeps_the_function_and_leaves_no_trace(family: str) -> None:
     taught = logits(model, FAMILIES[family])
     merge_lora_(model)
     assert (taught - before).abs().max() > 1e-3
-    torch.testing.assert_close(logits(model, FAMILIES[family]), taught, rtol=0, atol=2e-5)  # OBS merge
+    torch.testing.assert_close(logits(model, FAMILIES[family]), taught, rtol=0, atol=5e-5)  # observed 7e-6
     assert _adapters(model) == {}
     assert list(dict(model.named_parameters())) == names
     assert [type(module) for module in model.modules()] == types
@@ -71,7 +71,9 @@ def test_the_merged_weight_is_w_plus_alpha_over_rank_times_b_a() -> None:
     base, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = (base + 6.0 / 2 * b @ a).detach().clone()
     merge_lora_(model)
-    torch.testing.assert_close(model.get_submodule(name).weight.detach(), expected, rtol=0, atol=1e-6)  # OBS weight
+    torch.testing.assert_close(
+        model.get_submodule(name).weight.detach(), expected, rtol=0, atol=1e-6
+    )  # observed below 1e-6
 
 
 def test_adapters_train_beside_what_already_trains_and_nothing_else_does() -> None:

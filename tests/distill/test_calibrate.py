@@ -137,7 +137,7 @@ def test_a_calibrated_start_beats_frobenius_which_beats_random() -> None:
     calibrated, frobenius, random = (
         _one_shot_error(Fit(method=m, sweeps=8)) for m in ("calibrated", "frobenius", "random")
     )
-    assert calibrated < frobenius < random  # observed OBS
+    assert calibrated < frobenius < random  # observed 0.61, 0.92, 0.98
 
 
 def test_the_energy_basis_keeps_the_dense_function_and_reorders_the_hidden_units() -> None:
@@ -150,7 +150,7 @@ def test_the_energy_basis_keeps_the_dense_function_and_reorders_the_hidden_units
         still = teacher(**batch).logits
     assert torch.equal(before, wanted)
     assert torch.equal(still, wanted)
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)  # OBS energy
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)  # observed 3e-6
     layers = blends(student)
     for ffn in plan.ffns:
         new, old = layers[ffn.writer].dense.weight, teacher.get_submodule(ffn.writer).weight

@@ -98,7 +98,7 @@ def test_two_steps_equal_the_same_steps_written_out_by_hand(checkpointing: bool,
         assert [given.loss, given.cross_entropy, given.kl, given.reconstruction] == pytest.approx(expected, rel=1e-5)
         assert given.alpha == (0.5, 1.0)[step]
     for name, value in weights(student).items():
-        torch.testing.assert_close(weights(mine)[name], value, rtol=0, atol=1e-5)  # OBS by hand
+        torch.testing.assert_close(weights(mine)[name], value, rtol=0, atol=1e-5)  # observed below 1e-6
 
 
 def test_dense_parameters_train_at_their_own_rate(tmp_path: Path) -> None:
@@ -123,20 +123,20 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None
     two, small = run(tmp_path / "b", train(batch_size=4, accumulation=2, fade_steps=2, polish_steps=2))
     assert len(large) == len(small) == 4
     for a, b in zip(large, small, strict=True):
-        # every example has two answer tokens; observed 2e-6
-        assert [a.loss, a.cross_entropy, a.kl] == pytest.approx([b.loss, b.cross_entropy, b.kl], rel=1e-3)
+        # every example has two answer tokens; observed 9e-8
+        assert [a.loss, a.cross_entropy, a.kl] == pytest.approx([b.loss, b.cross_entropy, b.kl], rel=1e-5)
         assert (a.alpha, a.learning_rate) == (b.alpha, b.learning_rate)
     for name, value in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=2e-3)  # OBS accumulation
+        torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=1e-4)  # observed 8e-7
 
 
 def test_checkpointed_activations_give_the_same_losses_and_weights(tmp_path: Path) -> None:
     plain, reports = run(tmp_path / "a", train(reconstruction_weight=0.1))
     saving, again = run(tmp_path / "b", train(reconstruction_weight=0.1, gradient_checkpointing=True))
     assert any(getattr(module, "gradient_checkpointing", False) for module in saving.modules())
-    assert [r.loss for r in again] == pytest.approx([r.loss for r in reports], rel=1e-5)  # OBS checkpointing loss
+    assert [r.loss for r in again] == pytest.approx([r.loss for r in reports], rel=1e-5)  # observed 0
     for name, value in weights(plain).items():
-        torch.testing.assert_close(weights(saving)[name], value, rtol=0, atol=1e-4)  # OBS checkpointing
+        torch.testing.assert_close(weights(saving)[name], value, rtol=0, atol=1e-4)  # observed 0
 
 
 def test_checkpointing_reaches_every_light_layer(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_run_without_a_fade_trains_the_light_layers_alone(tmp_path: Path) -> N
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     _, reports = run(tmp_path, train(fade_steps=0, polish_steps=30, batch_size=10))
     first, last = (sum(r.loss for r in reports[at]) for at in (slice(0, 3), slice(-3, None)))
-    assert last < 0.8 * first  # OBS training
+    assert last < 0.8 * first  # observed 0.69
 
 
 def test_without_distillation_the_teacher_is_not_asked(tmp_path: Path) -> None:

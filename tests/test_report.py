@@ -1,0 +1,114 @@
+"""Results for people: totals that add up, and a page and plots from files alone."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_models import FAMILIES
+
+from hyperfade.recipe import Layer, Replace
+from hyperfade.report import plan_lines, write_report
+from hyperfade.surgery import human, plan
+
+
+def test_the_plans_lines_add_up_to_the_plan() -> None:
+    the_plan = plan(FAMILIES["llava_siglip"].meta(), Replace(language=Layer(n=4), vision=Layer(n=4)))
+    header, rule, *rows, total, kept = plan_lines(the_plan, 2)
+    assert header.split()[:3] == ["region", "matrix", "features"]
+    assert set(rule) == {"-", " "}
+    cells = [re.split(r"\s{2,}", row) for row in rows]
+    assert sum(int(row[3]) for row in cells) == len(the_plan.swaps)
+    assert {(row[0], row[1]) for row in cells} == {(s.region, s.name.rpartition(".")[2]) for s in the_plan.swaps}
+    assert f"keep {the_plan.ffn_params_ratio:.1%} of their parameters" in total
+    assert f"{human(the_plan.parameters_before)} → {human(the_plan.parameters_after)}" in total
+    assert "at 16 bits" in total
+    assert kept.startswith(f"{len(the_plan.kept)} FFN matrices stay dense")
+    assert "at 32 bits" in "\n".join(plan_lines(the_plan, 4))
+
+
+def _score(accuracy: float) -> dict[str, Any]:
+    return {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "count": 1000}
+
+
+def _entry(after: float, errors: tuple[float | None, float | None]) -> dict[str, Any]:
+    dense, own = ({"overall": _score(x), "by_kind": {"color": _score(x)}, "skipped": []} for x in (0.8, after))
+    speed = {
+        "prefill_seconds": 0.01,
+        "decode_seconds_per_token": 0.002,
+        "prefill_speedup": 1.5,
+        "prefill_speedup_range": [1.4, 1.6],
+        "decode_speedup": 2.5,
+        "decode_speedup_range": [2.4, 2.6],
+    }
+    details = {"dense": dense, "compressed": own}
+    return {
+        "quality": {"dense": 0.8, "compressed": after, "retention": after / 0.8, "details": details},
+        "ffn_params_ratio": 0.25,
+        "params_ratio": 0.4,
+        "disk_bytes": {"dense": 10_000_000, "compressed": 4_000_000},
+        "prefill_speedup": 1.5,
+        "decode_speedup": 2.5,
+        "speed": speed,
+        "reload_bit_equal": True,
+        "fit_seconds": 3.0,
+        "training": {"steps": 2, "resumed_from": 0, "seconds": 5.0},
+        "layers": [{"name": "model.a.fc1", "label": "products", "error": errors[0], "low_rank_error": errors[1]}],
+        "kept_dense": [],
+    }
+
+
+def _folder(path: Path, rivals: dict[str, Any], skipped: list[list[str]], steps: int = 2) -> Path:
+    own = _entry(0.72, (0.123456, 0.2))
+    facts = ("processor", "threads", "accelerator", "torch", "transformers", "hyperfade", "date")
+    results = {
+        "machine": {key: key for key in facts},
+        "recipe": {"model": "some-model", "dtype": "float32", "data": {"evaluation": "easy-vqa:test"}},
+        "parameters": dict.fromkeys(("dense", "compressed", *rivals), 6000000),
+        "prompt_tokens": 40,
+        "dense_speed": own["speed"],
+        **own,
+        "skipped": skipped,
+        "rivals": rivals,
+    }
+    (path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    for work in (path / "work", *(path / "rivals" / name / "work" for name in rivals)):
+        work.mkdir(parents=True)
+        values = {"loss": 1.0, "cross_entropy": 0.5, "kl": 0.5, "reconstruction": 0.0, "alpha": 1.0}
+        lines = [json.dumps({"step": step + 1, **values}) + "\n" for step in range(steps)]
+        (work / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_report_is_made_from_the_files_of_a_folder(steps: int, tmp_path: Path) -> None:
+    rivals = {"low_rank": _entry(0.6, (0.2, 0.2)), "random": _entry(0.1, (None, None))}
+    write_report(_folder(tmp_path, rivals, [["x.jsonl line 3", "image broken"]], steps))
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert page.startswith("# some-model, compressed\n")
+    for text in ("72.00%", "60.00%", "10.0 MB", "4.0 MB", "1.50×", "| model.a.fc1 |", "0.1235"):
+        assert text in page
+    assert "- x.jsonl line 3: image broken" in page
+    assert "| color | 1000 | 80.00% | 72.00% |" in page
+    linked = re.findall(r"\((plots/[a-z]+\.png)\)", page)
+    assert sorted(linked) == sorted(f"plots/{path.name}" for path in (tmp_path / "plots").iterdir())
+    for name in linked:
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            assert image.format == "PNG"
+
+
+def test_nothing_left_out_is_said_as_well(tmp_path: Path) -> None:
+    write_report(_folder(tmp_path, {}, []))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").endswith("## Samples left out\n\nNone.\n")
+
+
+def test_a_random_start_has_no_errors_to_show(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, {}, [])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results["layers"] = _entry(0.1, (None, None))["layers"]
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_report(folder)
+    assert "| model.a.fc1 | products | - | - |" in (folder / "report.md").read_text(encoding="utf-8")
