@@ -89,7 +89,7 @@ def test_padding_would_change_the_second_moment() -> None:
     with_padding, without = (_inputs_of(student, name, calibration(), padded) for padded in (False, True))
     assert len(with_padding) > len(without)
     moments = [x.T @ x / len(x) for x in (with_padding, without)]
-    assert (moments[0] - moments[1]).norm() > 0.01 * moments[1].norm()  # observed 0.16
+    assert (moments[0] - moments[1]).norm() > 0.01 * moments[1].norm()  # observed 0.17
 
 
 def test_errors_are_those_of_the_layers_that_were_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_errors_are_those_of_the_layers_that_were_fitted(monkeypatch: pytest.Mon
         assert layer.low_rank_error == rival.error
         rest = dense - layers[layer.name].light.weight.double()
         error = ((rest @ moment @ rest.T).trace() / (dense @ moment @ dense.T).trace()).sqrt().item()
-        assert layer.error == pytest.approx(error, rel=1e-4)  # observed 1e-5: float32 weights, ridge
+        assert layer.error == pytest.approx(error, rel=1e-6)  # observed 8e-9
         assert layer.sweeps >= 1
         assert layer.label == swaps[layer.name].spec.label
 
@@ -229,7 +229,7 @@ def test_a_calibrated_fit_without_batches_is_refused_and_a_frobenius_fit_needs_n
     layers = blends(student)
     for layer in fitted:
         dense, light = layers[layer.name].dense.weight, layers[layer.name].light.weight
-        assert layer.error == pytest.approx(((dense - light).norm() / dense.norm()).item(), rel=1e-5)
+        assert layer.error == pytest.approx(((dense - light).norm() / dense.norm()).item(), rel=1e-5)  # observed 1e-7
 
 
 def test_a_random_start_changes_nothing_and_claims_nothing() -> None:

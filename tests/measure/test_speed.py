@@ -38,7 +38,7 @@ def test_a_model_that_sleeps_longer_is_slower_by_the_ratio_of_the_sleeps() -> No
     assert slow.prefill_seconds >= 0.040
     assert slow.decode_seconds_per_token >= 0.008
     assert slow.prefill_speedup == pytest.approx(0.25, rel=0.4)  # observed 0.25
-    assert slow.decode_speedup == pytest.approx(0.5, rel=0.4)  # observed 0.51
+    assert slow.decode_speedup == pytest.approx(0.5, rel=0.4)  # observed 0.50
     for low, middle, high in (
         (slow.prefill_speedup_range[0], slow.prefill_speedup, slow.prefill_speedup_range[1]),
         (slow.decode_speedup_range[0], slow.decode_speedup, slow.decode_speedup_range[1]),

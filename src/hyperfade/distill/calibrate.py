@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hyperfade.algebra import SecondMoment, conditioned, fit, low_rank, ridge_
 from hyperfade.errors import FitError
-from hyperfade.nn import BlendLinear, PHMLinear
+from hyperfade.nn import BlendLinear, LowRankLinear, PHMLinear
 from hyperfade.recipe import Fit as FitRecipe
 from hyperfade.surgery import FFN, Plan, Swap, blends, energy_order, matched_low_rank, permute_hidden_
 
@@ -114,8 +114,11 @@ def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: F
     try:
         rival = low_rank(blend.dense.weight, matched_low_rank(swap), moment, ridge=0)
         error, sweeps = rival.error, 0
-        if isinstance(blend.light, PHMLinear):
-            assert swap.spec.algebra is not None
+        if swap.spec.algebra is None:
+            assert type(blend.light) is LowRankLinear
+            blend.light.load_fit_(rival)
+        else:
+            assert type(blend.light) is PHMLinear
             best = fit(
                 blend.dense.weight,
                 swap.spec.algebra,
@@ -126,8 +129,6 @@ def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: F
             )
             blend.light.load_fit_(best)
             error, sweeps = best.error, len(best.errors)
-        else:
-            blend.light.load_fit_(rival)
     except FitError as failure:
         raise FitError(f"{swap.name}: {failure.message}", failure.hint) from failure
     return LayerFit(swap.name, swap.spec.label, error, rival.error, sweeps, time.perf_counter() - start)
