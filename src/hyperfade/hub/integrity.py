@@ -12,10 +12,16 @@ AGAIN = "Copy or download the checkpoint again."
 
 def verify_checkpoint(folder: Path) -> None:
     """Raise `CheckpointError` unless `folder` has a config and every safetensors file it needs, whole."""
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise CheckpointError(
             f"{folder} has no config.json: it is not a checkpoint folder.", "Give the folder that holds it."
         )
+    try:
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error!r}.", AGAIN) from error
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         verify_safetensors([folder / "model.safetensors"])

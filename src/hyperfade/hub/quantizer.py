@@ -111,9 +111,22 @@ class HyperfadeQuantizer(HfQuantizer):
         empty = {rf"^{re.escape(name)}\.weight$" for name in self.specs}
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(known or ()) | empty
+        self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Refuse a checkpoint that has left a replaced layer unfilled: its weights would be whatever memory held."""
+        """Refuse weights of other shapes than the config says, and replaced layers that were left unfilled: those hold
+        whatever memory held. Transformers before 5.23 checks neither for a quantized model, and leaves the stored dtype
+        to keys that it renames."""
+        kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            shape, dtype = self.expected.get(name, (tensor.shape, tensor.dtype))
+            if tensor.shape != shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensor.shape)} in the checkpoint, {tuple(shape)} by its config.json.",
+                    AGAIN,
+                )
+            if tensor.is_floating_point() and tensor.dtype != dtype and not any(part in name for part in kept):
+                tensor.data = tensor.data.to(dtype)
         for name in self.specs:
             for part, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):  # meta: offloaded
@@ -128,7 +141,7 @@ class HyperfadeQuantizer(HfQuantizer):
             stored: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one, or they would be written twice
             for name, tensor in state.items():
                 if tensor.is_floating_point():
-                    key = (tensor.data_ptr(), tensor.shape)
+                    key = (tensor.data_ptr() or id(tensor), tensor.shape)  # offloaded tensors have no address
                     stored.setdefault(key, tensor.to(self.storage_dtype))
                     state[name] = stored[key]
         dtype = self.storage_dtype or model.dtype
