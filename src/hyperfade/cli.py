@@ -202,6 +202,7 @@ def _say(line: str) -> None:
 def main() -> None:
     """Run a command; an error of ours is two lines, and Ctrl-C says how to go on."""
     debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may stand anywhere
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

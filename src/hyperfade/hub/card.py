@@ -20,7 +20,7 @@ def table(results: dict[str, Any]) -> str:
         score = entry["quality"]["details"]["compressed"]["overall"]
         lines.append(
             f"| {_LABELS.get(name, name)} | {score['accuracy']:.2%} ({score['low']:.1%}-{score['high']:.1%}) | "
-            f"{entry['quality']['retention']:.1%} | {entry['ffn_params_ratio']:.1%} | "
+            f"{_share(entry['quality']['retention'])} | {entry['ffn_params_ratio']:.1%} | "
             f"{results['parameters'][name] / 1e6:.2f} M | {_megabytes(entry['disk_bytes']['compressed'])} | "
             f"{_speedup(entry['speed'], 'prefill')} | {_speedup(entry['speed'], 'decode')} |"
         )
@@ -71,6 +71,10 @@ def footnote(results: dict[str, Any]) -> str:
         f"torch {machine['torch']}, transformers {machine['transformers']}; "
         f"{machine['date']}."
     )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _megabytes(count: int) -> str:
