@@ -1,8 +1,8 @@
 """Peak memory of a calibrated fit, relative to the model: python benchmarks/fit_memory.py [--hidden 2048 ...]
 
 A causal language model with random weights, by default at the shapes of Qwen2.5-VL-3B's language model, is loaded and
-swapped as a whole, and its first FFN is fitted as `hyperfade compress` would; every other FFN takes the same memory, one
-at a time. What counts is the process's peak resident size, less what it was before the model existed.
+swapped as a whole, and its first FFN is fitted as `hyperfade compress` would; every other FFN takes the same memory,
+one at a time. What counts is the process's peak resident size, less what it was before the model existed.
 """
 
 import argparse

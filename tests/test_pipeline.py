@@ -191,7 +191,7 @@ def test_a_rival_calibrates_on_samples_of_its_own(tmp_path: Path) -> None:
         both = recipe_for(tmp_path / "b", rivals={"other": rival})
         variant = pipeline.variants(both)[1]
         with pytest.raises(DataError):
-            pipeline._build(variant, pipeline._task(both, needs_images=True), lambda line: None)
+            pipeline._build(variant, pipeline._checked(both), lambda line: None)
     assert seen == {"0": 6, "1": 3}
 
 

@@ -19,8 +19,19 @@ from torch import Tensor, nn
 from hyperfade.compose.lora import add_lora_, merge_lora_
 from hyperfade.data import Collator, Source, open_source
 from hyperfade.distill import LayerFit, StepReport, distill_, fit_, latest_step, teacher_of, total_steps, unshare_
-from hyperfade.errors import NothingMatchedError
-from hyperfade.hub import card, load, load_processor, mark_, resolve, round_, save, takes_images
+from hyperfade.errors import NothingMatchedError, PlanError
+from hyperfade.hub import (
+    card,
+    load,
+    load_processor,
+    mark_,
+    resolve,
+    round_,
+    save,
+    skeleton,
+    takes_images,
+    verify_checkpoint,
+)
 from hyperfade.measure import Quality, Speed, compare_speed, disk_bytes, evaluate, machine, num_parameters, weight_bytes
 from hyperfade.recipe import Fit, Recipe, Train
 from hyperfade.report import plan_lines, write_report
@@ -76,14 +87,9 @@ def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
 
     Raises a `HyperfadeError` that names the cause; what was finished stays, and the same call goes on from there.
     """
-    model = load(recipe.model, recipe.dtype)
-    for variant in variants(recipe):  # a recipe that does not fit is refused before a folder exists
-        plan(model, variant.replace)
-        _matched_parameters(model, variant.train)
-    task = _task(recipe, needs_images=takes_images(model.config))
+    task = _checked(recipe)
     continued = open_output(recipe)
     say(f"{'Continuing' if continued else 'Compressing'} {recipe.model} → {recipe.output}")
-    del model
     built = {variant.name: _build(variant, task, say) for variant in variants(recipe)}
     results = _measure(task, built, say)
     write_json(recipe.output / "results.json", results)
@@ -95,10 +101,21 @@ def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     return results
 
 
-def _task(recipe: Recipe, needs_images: bool) -> Task:
-    processor = load_processor(recipe.model)
-    data = recipe.data
-    source = open_source(data.train, needs_images=needs_images, on_bad=data.on_bad_sample)
+def _checked(recipe: Recipe) -> Task:
+    """Model, plans and data, looked at as far as that needs no weights: what does not fit is refused before a folder
+    exists."""
+    if Path(resolve(recipe.model)).is_dir():
+        verify_checkpoint(Path(resolve(recipe.model)))
+    model = skeleton(recipe.model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise PlanError(
+            f"{recipe.model} is compressed or quantized already.", "Give the dense checkpoint it came from."
+        )
+    for variant in variants(recipe):
+        plan(model, variant.replace)
+        _matched_parameters(model, variant.train)
+    processor, data = load_processor(recipe.model), recipe.data
+    source = open_source(data.train, needs_images=takes_images(model.config), on_bad=data.on_bad_sample)
     open_source(data.evaluation, on_bad=data.on_bad_sample)  # what is wrong with it is known now, not after training
     return Task(recipe, processor, source, Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample))
 

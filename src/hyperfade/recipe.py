@@ -132,7 +132,7 @@ class Train(_Section):
     )
     batch_size: int = Field(default=32, ge=1, description="samples per forward pass")
     accumulation: int = Field(default=1, ge=1, description="forward passes per optimizer step")
-    learning_rate: Number = Field(default=1e-3, gt=0, description="peak learning rate of the hypercomplex weights")
+    learning_rate: Number = Field(default=2e-4, gt=0, description="peak learning rate of the hypercomplex weights")
     dense_learning_rate: Number = Field(default=1e-4, gt=0, description="peak learning rate of train_also and LoRA")
     weight_decay: Number = Field(default=0.0, ge=0, description="AdamW weight decay")
     warmup_fraction: Number = Field(
