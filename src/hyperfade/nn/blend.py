@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.nn.low_rank import LowRankLinear
@@ -44,8 +43,8 @@ class BlendLinear(nn.Module):
                 return self.light(x)
         dense, light = self.dense(x), self.light(x)
         if self.measure_reconstruction:
-            target = dense.detach().float()
-            self.reconstruction = F.mse_loss(light.float(), target) / target.square().mean().clamp_min(1e-12)
+            target = dense.detach()
+            self.reconstruction = _energy(light - target) / _energy(target).clamp_min(1e-12)
         if self.alpha in (0, 1):
             return light if self.alpha else dense
         return torch.lerp(dense, light, self.alpha)
@@ -56,3 +55,8 @@ class BlendLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"
+
+
+def _energy(x: Tensor) -> Tensor:
+    """Σ x² as a float32 scalar, without a float32 copy of x."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32).square()
