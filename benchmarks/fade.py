@@ -34,7 +34,10 @@ def cell(method: str, fade_share: float, args: argparse.Namespace) -> dict[str, 
     teacher = teacher_of(model)
     model.requires_grad_(False)
     swap_(model, chosen)
-    calibration = [collator.training_batch([source[i * 601 % len(source)] for i in range(64)])]
+    calibration = [
+        collator.training_batch([source[i * 601 % len(source)] for i in range(first, first + 32)])
+        for first in range(0, 256, 32)
+    ]
     fit_(model, chosen, calibration, Fit(method=method))  # pyright: ignore[reportArgumentType]
     set_alpha_(model, 1)
     before = evaluate(model, processor, limit=args.questions).overall.accuracy
@@ -78,7 +81,7 @@ def main() -> None:
     if results.get("settings") != settings:
         results = {"machine": machine(), "settings": settings, "cells": {}}
     for method in ("calibrated", "frobenius", "random"):
-        for share in (0.0, 0.25, 0.5, 0.75):
+        for share in (0.0, 0.35, 0.7):
             name = f"{method}, fade over {share:.0%} of the steps"
             if name not in results["cells"]:
                 results["cells"][name] = cell(method, share, args)

@@ -1,7 +1,7 @@
 """Which peak learning rate suits which method? The demo, once per rate: python benchmarks/rates.py
 
-Every variant of the demo recipe (ours, low-rank, the paper's) is trained at every rate with the demo's budget. A rate that
-is in the results file already is not run again.
+Every variant of the demo recipe (ours, low-rank, the paper's) is trained at every rate with the demo's budget. A rate
+that is in the results file already is not run again.
 """
 
 import argparse
