@@ -9,6 +9,8 @@ from hyperfade.hub import table
 from hyperfade.hub.card import footnote
 from hyperfade.surgery import Plan, human
 
+_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
+
 
 def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
     """The plan as aligned text: one row per kind of replacement, then the totals of the whole model."""
@@ -47,7 +49,7 @@ def write_report(folder: Path) -> None:
     metrics |= {name: _metrics(folder / "rivals" / name / "work") for name in results["rivals"]}
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    _plot_training(metrics["compressed"], plots / "training.png")
+    _plot_training(metrics, plots / "training.png")
     _plot_layers(results["layers"], plots / "layers.png")
     _plot_comparison(results, plots / "comparison.png")
     (folder / "report.md").write_text(_page(results), encoding="utf-8")
@@ -125,25 +127,28 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _plot_training(metrics: list[dict[str, float]], path: Path) -> None:
-    figure, (axes,) = _figure(8, 4)
-    steps = [m["step"] for m in metrics]
-    for key, label in (
-        ("loss", "loss"),
-        ("cross_entropy", "cross-entropy"),
-        ("kl", "KL"),
-        ("reconstruction", "reconstruction"),
-    ):
-        values = [m[key] for m in metrics]
-        if any(values):
-            axes.plot(steps, values, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss terms", yscale="log" if metrics else "linear")
-    alpha = axes.twinx()
-    alpha.plot(steps, [m["alpha"] for m in metrics], color="black", linestyle=":", label="α")
-    alpha.set(ylabel="α", ylim=(0, 1.05))
-    if metrics:
-        axes.legend(loc="upper center", ncols=4, frameon=False)
+def _plot_training(metrics: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """One panel per model: every step faintly, their running mean on top, and α."""
+    figure, panels = _figure(max(6, 4.5 * len(metrics)), 3.6, columns=len(metrics))
+    terms = {"cross_entropy": "cross-entropy", "kl": "KL to the teacher", "reconstruction": "reconstruction"}
+    for axes, (name, steps) in zip(panels, metrics.items(), strict=True):
+        numbers = [m["step"] for m in steps]
+        for color, (key, label) in zip(_COLORS, terms.items(), strict=False):
+            values = [m[key] for m in steps]
+            if any(values):
+                axes.plot(numbers, values, color=color, alpha=0.25, linewidth=1)
+                axes.plot(numbers, _running_mean(values), color=color, label=label)
+        axes.set(title=name, xlabel="optimizer step", yscale="log" if steps else "linear")
+        alpha = axes.twinx()
+        alpha.plot(numbers, [m["alpha"] for m in steps], color="black", linestyle=":", label="α (right)")
+        alpha.set(ylim=(0, 1.05))
+    handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _running_mean(values: list[float], width: int = 10) -> list[float]:
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
 def _plot_layers(layers: list[dict[str, Any]], path: Path) -> None:
@@ -165,14 +170,15 @@ def _plot_comparison(results: dict[str, Any], path: Path) -> None:
     figure, panels = _figure(11, 3.2, columns=4)
     dense_quality, dense_bytes = results["quality"]["dense"], results["disk_bytes"]["dense"]
     values = (
-        ("exact match", [dense_quality, *(e["quality"]["compressed"] for e in entries.values())]),
+        ("exact match, %", [100 * q for q in (dense_quality, *(e["quality"]["compressed"] for e in entries.values()))]),
         ("MB on disk", [dense_bytes / 1e6, *(e["disk_bytes"]["compressed"] / 1e6 for e in entries.values())]),
         ("prefill speed-up", [1, *(e["prefill_speedup"] for e in entries.values())]),
         ("decode speed-up", [1, *(e["decode_speedup"] for e in entries.values())]),
     )
     for axes, (title, heights) in zip(panels, values, strict=True):
-        bars = axes.bar(names, heights, color=["#888", "#1f77b4", "#ff9f40", "#6abf69", "#c27ba0"][: len(names)])
+        bars = axes.bar(names, heights, color=["#888888", *(_COLORS[i % len(_COLORS)] for i in range(len(entries)))])
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.margins(y=0.12)
         axes.set_title(title, fontsize=10)
         axes.tick_params(axis="x", labelrotation=30, labelsize=8)
     figure.savefig(path, dpi=120)
