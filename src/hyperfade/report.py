@@ -132,15 +132,19 @@ def _plot_training(metrics: dict[str, list[dict[str, float]]], path: Path) -> No
     figure, panels = _figure(max(6, 4.5 * len(metrics)), 3.6, columns=len(metrics))
     terms = {"cross_entropy": "cross-entropy", "kl": "KL to the teacher", "reconstruction": "reconstruction"}
     for axes, (name, steps) in zip(panels, metrics.items(), strict=True):
-        numbers = [m["step"] for m in steps]
         for color, (key, label) in zip(_COLORS, terms.items(), strict=False):
-            values = [m[key] for m in steps]
-            if any(values):
-                axes.plot(numbers, values, color=color, alpha=0.25, linewidth=1)
-                axes.plot(numbers, _running_mean(values), color=color, label=label)
+            measured = [
+                m for m in steps if m[key]
+            ]  # a term that took no part, like reconstruction after the fade, is 0
+            if measured:
+                at, values = [m["step"] for m in measured], [m[key] for m in measured]
+                axes.plot(at, values, color=color, alpha=0.25, linewidth=1)
+                axes.plot(at, _running_mean(values), color=color, label=label)
         axes.set(title=name, xlabel="optimizer step", yscale="log" if steps else "linear")
         alpha = axes.twinx()
-        alpha.plot(numbers, [m["alpha"] for m in steps], color="black", linestyle=":", label="α (right)")
+        alpha.plot(
+            [m["step"] for m in steps], [m["alpha"] for m in steps], color="black", linestyle=":", label="α (right)"
+        )
         alpha.set(ylim=(0, 1.05))
     handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
