@@ -1,7 +1,7 @@
 """How many samples does a calibrated fit need, and how much ridge? python benchmarks/calibration.py
 
 The embedded model at a quarter, before any training: KL to the teacher on 1000 training questions that the calibration
-has not seen, and exact match on test questions. Whitened low-rank of the same size stands beside it.
+has not seen, and exact match on a sample of all of them. Whitened low-rank of the same size stands beside it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from hyperfade.recipe import Fit, Layer, Replace
 from hyperfade.surgery import plan, set_alpha_, swap_
 from hyperfade.workspace import write_json
 
+EVALUATION = "easy-vqa:train"
 LAYERS = {"products n=4": Layer(n=4), "low-rank": Layer(kind="low_rank", fraction=0.25)}
 
 
@@ -45,7 +46,7 @@ def cell(layer: Layer, samples: int, ridge: float, questions: int) -> dict[str, 
         "samples": samples,
         "ridge": ridge,
         "held_out_kl": kl_divergence(student, wanted, 1.0).item(),
-        "exact_match": evaluate(model, processor, limit=questions).overall.accuracy,
+        "exact_match": evaluate(model, processor, EVALUATION, limit=questions).overall.accuracy,
         "layers": [asdict(one) for one in fitted],
     }
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--ridges", type=float, nargs="+", default=[1e-6, 1e-3], help="ridge relative to C's mean diagonal"
     )
-    parser.add_argument("--questions", type=int, default=1000, help="test questions")
+    parser.add_argument("--questions", type=int, default=1000, help="questions of the evaluation")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "calibration.json")
     args = parser.parse_args()
     results: dict[str, list] = {name: [] for name in LAYERS}

@@ -8,8 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from hyperfade.hub import table
-from hyperfade.hub.card import footnote
+from hyperfade.hub import footnote, table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "demo.json"

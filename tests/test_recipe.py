@@ -169,17 +169,6 @@ def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path: Path, monkeypat
     assert Recipe.load("demo").model == "embedded"
 
 
-def test_a_changed_copy_is_checked_and_the_original_stays() -> None:
-    recipe = Recipe.load("demo")
-    changed = recipe.updated(seed=7, output="elsewhere")
-    assert (changed.seed, changed.output, changed.rivals) == (7, Path("elsewhere"), recipe.rivals)
-    assert recipe.seed == 0
-    with pytest.raises(RecipeError, match="seed"):
-        recipe.updated(seed=-1)
-    with pytest.raises(ValueError, match="frozen"):
-        recipe.seed = 3  # type: ignore[misc]
-
-
 def test_describe_lists_every_key_of_every_section_with_its_meaning() -> None:
     described = {line.partition(": ")[0]: line.partition(": ")[2] for line in describe()}
     assert len(described) == len(describe())
@@ -201,3 +190,18 @@ def test_described_defaults_are_the_defaults() -> None:
     assert described["fit.method"].endswith(f"[default: {Fit().method}]")
     assert described["replace.min_weight_elements"].endswith(f"[default: {Replace().min_weight_elements}]")
     assert described["rivals.NAME.replace"].endswith("[required]")
+
+
+@pytest.mark.parametrize("name", ["dense", "compressed", "../escape", "a/b", ""])
+def test_a_rival_cannot_take_a_name_that_is_taken_or_leaves_the_folder(name: str) -> None:
+    with pytest.raises(RecipeError, match="rivals"):
+        Recipe.parse({"rivals": {name: {"replace": {}}}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [({"dtype": "float16"}, "loss scaling"), ({"fit": {"basis": "energy", "method": "frobenius"}}, "activations")],
+)
+def test_what_cannot_work_is_refused(fields: dict, problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        Recipe.parse(fields)

@@ -45,5 +45,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"hyperfade.{_HOMES[name]}"), name)
 
 
-if Path(sys.argv[0]).name not in ("hyperfade", "-m"):
+def _is_the_command_line() -> bool:
+    program = Path(sys.argv[0]).name  # "-m" while `python -m` looks for its module
+    return program == "hyperfade" or (program == "-m" and "hyperfade" in sys.orig_argv)
+
+
+if not _is_the_command_line():
     importlib.import_module("hyperfade.hub")

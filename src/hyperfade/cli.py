@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from hyperfade.errors import HyperfadeError, RecipeError
+from hyperfade.errors import DataError, HyperfadeError, RecipeError
 
 app = typer.Typer(
     name="hyperfade",
@@ -27,6 +27,7 @@ SetOption = Annotated[
 DataOption = Annotated[
     str, typer.Option(help="Questions with answers: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT].")
 ]
+_ANY_LENGTH = 10**9  # tokens: a benchmark leaves the limit to the model
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -100,10 +101,11 @@ def evaluate(
 ) -> None:
     """Measure exact match of a model's greedy answers, overall and by kind of question."""
     from hyperfade.hub import load, load_processor
+    from hyperfade.measure import device
     from hyperfade.measure import evaluate as measure
 
     quality = measure(
-        load(model, dtype),
+        load(model, dtype).to(device()),  # pyright: ignore[reportArgumentType]
         load_processor(model),
         data,
         limit=limit,
@@ -135,12 +137,16 @@ def benchmark(
 
     from hyperfade.data import Collator, open_source
     from hyperfade.hub import load, load_processor
-    from hyperfade.measure import compare_speed, machine
+    from hyperfade.measure import compare_speed, device, machine
     from hyperfade.workspace import write_json
 
-    loaded = {name: load(name, dtype) for name in models}
+    loaded: dict[str, Any] = {name: load(name, dtype).to(device()) for name in models}  # pyright: ignore
     source = open_source(data)
-    prompt = Collator(load_processor(models[0]), max_tokens=10**6).prompt_batch([source[i] for i in range(batch_size)])
+    if batch_size > len(source):
+        raise DataError(f"{data} has {len(source)} prompts, --batch-size asks for {batch_size}.", "Ask for fewer.")
+    prompt = Collator(load_processor(models[0]), max_tokens=_ANY_LENGTH).prompt_batch(
+        [source[i] for i in range(batch_size)]
+    )
     first = loaded[models[0]]
     prompt = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in prompt.items()}
     speeds = compare_speed(loaded, prompt, new_tokens=new_tokens, rounds=rounds)
@@ -181,7 +187,9 @@ def _recipe(source: str, changes: list[str] | None, direct: dict[str, Any] | Non
         section = fields
         for part in path:
             section = section.get(part) if isinstance(section, dict) else None
-        if not equals or not isinstance(section, dict):
+        if not equals:
+            raise RecipeError(f"--set {change}: the value is missing.", "Write --set section.key=value.")
+        if not isinstance(section, dict):
             raise RecipeError(
                 f"--set {change}: there is no section {'.'.join(path)!r}.", "Write --set section.key=value."
             )

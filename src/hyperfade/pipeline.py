@@ -6,7 +6,6 @@ Every stage leaves its result in the output folder and is skipped where it is th
 an interrupted run. Rivals of the recipe go through the same stages with the same data and budget.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from hyperfade.compose.lora import add_lora_, merge_lora_
 from hyperfade.data import Collator, Source, open_source
 from hyperfade.distill import LayerFit, StepReport, distill_, fit_, latest_step, teacher_of, total_steps, unshare_
-from hyperfade.errors import NothingMatchedError, PlanError
+from hyperfade.errors import DataError, NothingMatchedError, PlanError
 from hyperfade.hub import (
     card,
     load,
@@ -32,10 +31,20 @@ from hyperfade.hub import (
     takes_images,
     verify_checkpoint,
 )
-from hyperfade.measure import Quality, Speed, compare_speed, disk_bytes, evaluate, machine, num_parameters, weight_bytes
+from hyperfade.measure import (
+    Quality,
+    Speed,
+    compare_speed,
+    device,
+    disk_bytes,
+    evaluate,
+    forward_flops,
+    machine,
+    num_parameters,
+)
 from hyperfade.recipe import Fit, Recipe, Train
-from hyperfade.report import plan_lines, write_report
-from hyperfade.surgery import plan, swap_
+from hyperfade.report import plan_lines, read_metrics, write_report
+from hyperfade.surgery import blends, plan, swap_
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
 Say = Callable[[str], None]
@@ -50,30 +59,34 @@ class Task:
     source: Source
     collator: Collator
 
-    @property
-    def device(self) -> torch.device:
-        """Where models run: the accelerator, if there is one."""
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-
     def dense(self) -> Any:
         """The model to compress, fresh from its checkpoint."""
-        return load(self.recipe.model, self.recipe.dtype).to(self.device)  # pyright: ignore[reportArgumentType]
+        return load(self.recipe.model, self.recipe.dtype).to(device())  # pyright: ignore[reportArgumentType]
 
     def finished(self, variant: Variant) -> Any:
         """A variant's saved model, loaded as a user would."""
-        return load(str(variant.model)).to(self.device)  # pyright: ignore[reportArgumentType]
+        return load(str(variant.model)).to(device())  # pyright: ignore[reportArgumentType]
 
     def training_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The training batch of the examples with these numbers, on the device."""
-        batch = self.collator.training_batch([self.source[i] for i in numbers])
-        return {key: value.to(self.device) for key, value in batch.items()}
+        batch = self._usable(self.collator.training_batch, numbers)
+        return {key: value.to(device()) for key, value in batch.items()}
 
     def prompt_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The prompts of the examples with these numbers, on the device, in the recipe's dtype."""
-        batch = self.collator.prompt_batch([self.source[i] for i in numbers])
+        batch = self._usable(self.collator.prompt_batch, numbers)
         dtype = getattr(torch, self.recipe.dtype)
-        return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+        return {k: v.to(device(), dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+    def _usable(self, collate: Callable[..., dict[str, Tensor]], numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of these examples; where all of them are bad and may be skipped, of the next ones."""
+        for shift in range(len(self.source)):
+            try:
+                return collate([self.source[(i + shift) % len(self.source)] for i in numbers])
+            except DataError:
+                if self.recipe.data.on_bad_sample == "error":
+                    raise
+        raise DataError(f"No sample of {self.source.name} can be used.", "Mend the data; the report lists the reasons.")
 
     def calibration_batches(self, fit: Fit) -> list[dict[str, Tensor]]:
         """Batches of a seeded sample of training examples."""
@@ -136,17 +149,15 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     teacher = teacher_of(student)
     student.requires_grad_(False)
     swap_(student, the_plan)
-    started = time.perf_counter()
     layers = fit_(
         student, the_plan, _calibration(variant, task), variant.fit, variant.work / "fit", _fit_line(variant, say)
     )
-    fit_seconds = time.perf_counter() - started
     _choose_trained_(student, train)
     lengths = f"{train.fade_steps} steps of fade, {train.polish_steps} of polish"
     say(f"[{variant.name}] training: {lengths}; metrics in {variant.work}")
     if latest_step(variant.work):
         say(f"[{variant.name}] continuing after step {latest_step(variant.work)}")
-    summary = distill_(
+    distill_(
         student,
         teacher,
         len(task.source),
@@ -162,11 +173,14 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     storage = getattr(torch, recipe.save_dtype or recipe.dtype)
     round_(student, storage)
     save(student, variant.model, task.processor, storage_dtype=storage)
+    bit_equal = _reload_bit_equal(student, task.finished(variant), task)
+    if not bit_equal:
+        say(f"[{variant.name}] WARNING: {variant.model} does not load bit-equal to the model that was saved")
     facts = {
         "layers": [asdict(layer) for layer in layers],
-        "fit_seconds": fit_seconds,
-        "training": asdict(summary),
-        "reload_bit_equal": _reload_bit_equal(student, task.finished(variant), task),
+        "fit_seconds": sum(layer.seconds for layer in layers),
+        "training": {"steps": total_steps(train), "seconds": sum(m["seconds"] for m in read_metrics(variant.work))},
+        "reload_bit_equal": bit_equal,
         "ffn_params_ratio": the_plan.ffn_params_ratio,
         "params_ratio": num_parameters(student) / num_parameters(teacher),
         "kept_dense": [list(pair) for pair in the_plan.kept],
@@ -193,7 +207,8 @@ def _choose_trained_(student: Any, train: Train) -> None:
 
 def _matched_parameters(model: Any, train: Train) -> list[nn.Parameter]:
     """The dense parameters that `train_also` names; a tied one goes by each of its names."""
-    names = {n: p for n, p in model.named_parameters(remove_duplicate=False) if ".light." not in n}
+    fading = {f"{name}.dense.{part}" for name in blends(model) for part in ("weight", "bias")}
+    names = {n: p for n, p in model.named_parameters(remove_duplicate=False) if ".light." not in n and n not in fading}
     found: dict[int, nn.Parameter] = {}
     for pattern in train.train_also:
         matched = [parameter for name, parameter in names.items() if fnmatchcase(name, pattern)]
@@ -231,7 +246,10 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
     prompt = task.prompt_batch([0])
     speeds = compare_speed(models, prompt)
     dense_folder = Path(resolve(recipe.model))
-    dense_bytes = disk_bytes(dense_folder) if dense_folder.is_dir() else weight_bytes(models["dense"])
+    if dense_folder.is_dir():
+        dense_bytes = disk_bytes(dense_folder)
+    else:  # a hub name: what its weights take in the dtype the compressed ones are stored in
+        dense_bytes = num_parameters(models["dense"]) * getattr(torch, recipe.save_dtype or recipe.dtype).itemsize
     results = {
         name: _entry(built[name], qualities["dense"], qualities[name], dense_bytes, disk_bytes(v.model), speeds[name])
         for name, v in folders.items()
@@ -243,7 +261,9 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
         "machine": machine(),
         "recipe": recipe.model_dump(mode="json"),
         "parameters": {name: num_parameters(model) for name, model in models.items()},
+        "takes_images": takes_images(models["dense"].config),
         "prompt_tokens": int(prompt["input_ids"].shape[1]),
+        "prefill_flops": {name: forward_flops(model, prompt) for name, model in models.items()},
         "dense_speed": asdict(speeds["dense"]),
         **own,
         "skipped": [list(pair) for pair in dict.fromkeys(map(tuple, skipped))],  # every epoch meets a bad sample again

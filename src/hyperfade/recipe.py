@@ -3,16 +3,17 @@
     recipe = Recipe.load("quarter")            # a recipe that ships with hyperfade ...
     recipe = Recipe.load("my-recipe.yaml")     # ... or a file
 
-Every field has its help text beside it; `hyperfade compress --help` and the documentation print the same texts.
+Every field has its help text beside it; `hyperfade recipe --keys` prints them.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hyperfade.errors import RecipeError
 
@@ -29,7 +30,15 @@ def _number_in_text(value: Any) -> Any:
     return value
 
 
+def _free_name(value: str) -> str:
+    """A rival's name becomes a folder and a key of the results, beside `dense` and `compressed`."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", value) or value in ("dense", "compressed"):
+        raise ValueError("a rival's name has letters, digits, - and _, and is neither dense nor compressed")
+    return value
+
+
 Number = Annotated[float, BeforeValidator(_number_in_text)]
+Name = Annotated[str, AfterValidator(_free_name)]
 Kind = Literal[
     "products", "learned", "complex", "split_complex", "quaternion", "octonion", "cyclic", "z2", "paper", "low_rank"
 ]
@@ -120,6 +129,12 @@ class Fit(_Section):
     batch_size: int = Field(default=16, ge=1, description="samples per calibration forward pass")
     ridge: Number = Field(default=1e-6, ge=0, description="added to C's diagonal, relative to its mean")
 
+    @model_validator(mode="after")
+    def _basis_needs_activations(self) -> Self:
+        if self.basis == "energy" and self.method != "calibrated":
+            raise ValueError("basis 'energy' sorts by activations, which only method 'calibrated' gathers")
+        return self
+
 
 class Train(_Section):
     """The distillation: fade the dense weights out, then polish what is left. All lengths are optimizer steps."""
@@ -201,7 +216,13 @@ class Recipe(_Section):
     fit: Fit = Fit()
     train: Train = Train()
     data: Data = Data()
-    rivals: dict[str, Rival] = Field(default={}, description="baselines trained beside it, by name")
+    rivals: dict[Name, Rival] = Field(default={}, description="baselines trained beside it, by name")
+
+    @model_validator(mode="after")
+    def _trainable_dtype(self) -> Self:
+        if self.dtype == "float16":
+            raise ValueError("dtype float16 cannot train without loss scaling: take bfloat16, and save_dtype: float16")
+        return self
 
     @classmethod
     def load(cls, source: str | Path) -> "Recipe":
@@ -235,12 +256,10 @@ class Recipe(_Section):
             key = ".".join(str(part) for part in first["loc"]) or "the top level"
             given = first.get("input")
             shown = f" (given {given!r})" if not isinstance(given, (dict, BaseModel)) else ""
-            hint = f"{error.error_count()} problem(s) in all; `hyperfade recipe` prints every key with its meaning."
+            hint = (
+                f"{error.error_count()} problem(s) in all; `hyperfade recipe --keys` lists every key with its meaning."
+            )
             raise RecipeError(f"{where}: {key}: {first['msg']}{shown}", hint) from error
-
-    def updated(self, **changes: Any) -> "Recipe":
-        """A copy with top-level fields replaced, checked like a new one."""
-        return Recipe.parse({**self.model_dump(), **changes})
 
     def to_yaml(self) -> str:
         """The complete recipe, defaults included, as YAML that `load` reads back."""

@@ -5,8 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hyperfade.hub import table
-from hyperfade.hub.card import footnote
+from hyperfade.hub import footnote, table
 from hyperfade.surgery import Plan, human
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
@@ -39,14 +38,18 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
     )
     if plan.kept:
         lines.append(f"{len(plan.kept)} FFN matrices stay dense, e.g. {plan.kept[0][0]}: {plan.kept[0][1]}")
+    lines += [
+        f"{region}: no FFN of a known shape; if the model has one, name its nn.Linear modules with replace.patterns"
+        for region in plan.missing
+    ]
     return lines
 
 
 def write_report(folder: Path) -> None:
     """report.md and plots/ of an output folder, from its results.json and metrics.jsonl files."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    metrics = {"compressed": _metrics(folder / "work")}
-    metrics |= {name: _metrics(folder / "rivals" / name / "work") for name in results["rivals"]}
+    metrics = {"compressed": read_metrics(folder / "work")}
+    metrics |= {name: read_metrics(folder / "rivals" / name / "work") for name in results["rivals"]}
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     _plot_training(metrics, plots / "training.png")
@@ -114,7 +117,8 @@ def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _metrics(work: Path) -> list[dict[str, float]]:
+def read_metrics(work: Path) -> list[dict[str, float]]:
+    """The lines of a work folder's metrics.jsonl, one per optimizer step; empty where nothing was trained."""
     file = work / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 

@@ -251,3 +251,20 @@ def test_the_model_comes_back_as_it_was_given() -> None:
     batch = calibration()[0]
     with torch.no_grad():
         assert torch.equal(student(**batch).logits, teacher(**batch).logits)
+
+
+def test_the_energy_basis_moves_biases_along() -> None:
+    """With large biases a light reader in another order than its writer would be far off."""
+    student, _, the_plan = swapped()
+    for ffn in the_plan.ffns:
+        for name in ffn.linears:
+            blend = student.get_submodule(name)
+            if blend.dense.bias is not None:
+                torch.nn.init.normal_(blend.dense.bias, std=2.0)
+                blend.light.bias.data.copy_(blend.dense.bias)
+    batches = calibration()
+    fit_(student, the_plan, batches, Fit(basis="energy", sweeps=3))
+    biased = [blend for blend in blends(student).values() if blend.dense.bias is not None]
+    assert biased
+    for blend in biased:
+        assert torch.equal(blend.light.bias, blend.dense.bias)

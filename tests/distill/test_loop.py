@@ -14,6 +14,7 @@ from toy import assert_same_weights, batch_of, calibration, swapped, train, weig
 import hyperfade.distill.loop as loop
 from hyperfade.distill import StepReport, alpha_at, data_order, distill_, fit_, latest_step, learning_rate_factor
 from hyperfade.distill.losses import answer_logits, cross_entropy, kl_divergence
+from hyperfade.distill.state import trained_parameters
 from hyperfade.errors import CheckpointError, TrainingError
 from hyperfade.nn import light_modules
 from hyperfade.pipeline import _choose_trained_
@@ -336,3 +337,22 @@ def test_a_tracker_that_is_not_there_is_an_error_not_a_silence(
     with pytest.raises(TrainingError, match=f"{tracker} is not installed") as error:
         run(tmp_path, train(trackers=(tracker,)))
     assert f"pip install {tracker}" in error.value.hint
+
+
+def test_small_steps_count_in_a_bfloat16_model(tmp_path: Path) -> None:
+    """bfloat16 keeps 8 bits: added in place, most steps of this size would be lost. Afterwards the dtype is back."""
+    student, teacher, _ = swapped()
+    student, teacher = student.to(torch.bfloat16), teacher.to(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in trained_parameters(student).items()}
+    moved: dict[str, float] = {}
+
+    def watch(report: StepReport) -> None:
+        if report.step == 3:
+            now = trained_parameters(student)
+            assert {p.dtype for p in now.values()} == {torch.float32}
+            moved.update({n: (p != before[n].float()).float().mean().item() for n, p in now.items()})
+
+    recipe = train(fade_steps=0, polish_steps=3, learning_rate=1e-5)
+    distill_(student, teacher, 20, batch_of, recipe, seed=3, folder=tmp_path, on_step=watch)
+    assert {name: share for name, share in moved.items() if share < 0.9} == {}
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from hyperfade.errors import AlgebraError, AllExcludedError, NothingMatchedError, PlanError
 from hyperfade.recipe import Layer, Recipe, Replace, Rule
-from hyperfade.surgery import Plan, drop_dense_, find_ffns, human, matched_low_rank, plan, swap_
+from hyperfade.surgery import Plan, drop_dense_, human, matched_low_rank, plan, swap_
 
 ALL = pytest.mark.parametrize("name", FAMILIES)
 CHOICES = {
@@ -58,19 +58,6 @@ def test_a_plan_changes_nothing_and_needs_no_memory(name: str) -> None:
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert plan(family.meta(), Recipe()) == the_plan
-
-
-@ALL
-def test_ffn_parameters_leave_the_projector_out_and_keep_what_stays_dense_in(name: str) -> None:
-    model = FAMILIES[name].meta()
-    expected = sum(
-        p.numel()
-        for ffn in find_ffns(model)
-        if ffn.region != "projector"
-        for linear in ffn.linears
-        for p in model.get_submodule(linear).parameters()
-    )
-    assert plan(model, Replace(vision=None)).ffn_parameters_before == expected
 
 
 def _paper_config() -> Qwen2_5_VLConfig:
@@ -294,3 +281,13 @@ def test_the_low_rank_rival_has_no_more_parameters_and_one_rank_more_would(name:
 )
 def test_human(count: float, text: str) -> None:
     assert human(count) == text
+
+
+@pytest.mark.parametrize("choice", [Replace(exclude=("*typo*",)), Replace(rules=(Rule(match="*typo*", layer=None),))])
+def test_an_exclusion_or_rule_that_speaks_of_nothing_is_an_error(choice: Replace) -> None:
+    with pytest.raises(NothingMatchedError, match="typo"):
+        plan(FAMILIES["llama"].meta(), choice)
+
+
+def test_a_region_without_ffns_is_named() -> None:
+    assert plan(FAMILIES["llama"].meta(), Replace()).missing == ("vision",)

@@ -32,7 +32,8 @@ _ORDER = "hidden_order"
 class LayerFit:
     """How one matrix came out: relative output errors (weight errors for the Frobenius fit; None for a random start).
 
-    low_rank_error is that of the whitened low-rank layer with as many parameters.
+    low_rank_error is that of the whitened low-rank layer with as many parameters. seconds of the first matrix on an
+    input hold the calibration passes that gathered its second moment.
     """
 
     name: str
@@ -98,19 +99,23 @@ def _fit_ffn(
     if recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
         order = energy_order(_second_moment(model, ffn, mine[ffn.writer], batches, ridge=0))
         permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
+        for blend in mine.values():
+            if blend.dense.bias is not None and blend.light.bias is not None:
+                blend.light.bias.copy_(blend.dense.bias)
     results = []
     for group in (ffn.readers, (ffn.writer,)):
         group = [name for name in group if name in mine]
+        began = time.perf_counter()
         moment = _second_moment(model, ffn, mine[group[0]], batches, recipe.ridge) if calibrated and group else None
         for name in group:
-            results.append(_fit_matrix(mine[name], swaps[name], moment, recipe))
+            results.append(_fit_matrix(mine[name], swaps[name], moment, recipe, began))
+            began = time.perf_counter()
         for name in group:
             mine[name].alpha = 1.0
     return results, order
 
 
-def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: FitRecipe) -> LayerFit:
-    start = time.perf_counter()
+def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: FitRecipe, began: float) -> LayerFit:
     try:
         rival = low_rank(blend.dense.weight, matched_low_rank(swap), moment, ridge=0)
         error, sweeps = rival.error, 0
@@ -128,10 +133,10 @@ def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: F
                 ridge=0,
             )
             blend.light.load_fit_(best)
-            error, sweeps = best.error, len(best.errors)
+            error, sweeps = best.error, len(best.errors) - 1
     except FitError as failure:
         raise FitError(f"{swap.name}: {failure.message}", failure.hint) from failure
-    return LayerFit(swap.name, swap.spec.label, error, rival.error, sweeps, time.perf_counter() - start)
+    return LayerFit(swap.name, swap.spec.label, error, rival.error, sweeps, time.perf_counter() - began)
 
 
 class _Reached(Exception):

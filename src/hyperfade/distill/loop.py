@@ -72,12 +72,16 @@ def distill_(
 
     batch_of turns example numbers into a training batch with labels. folder: states and metrics.jsonl go there; a newer
     state in it is continued from. Parameters with requires_grad outside the light layers train at the dense rate.
-    Raises `TrainingError` when the loss is not finite; the last state stays as it is.
+    What trains is float32 meanwhile, under autocast where the rest of the model is not. Raises `TrainingError` when the
+    loss is not finite; the last state stays as it is.
     """
     _check_trackers(train)
     accelerator = Accelerator(mixed_precision="no", log_with=list(train.trackers) or None, project_dir=str(folder))
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
+    dtypes = _to_float32_(student)
+    half = next((dtype for dtype in (p.dtype for p in student.parameters()) if dtype != torch.float32), None)
+    autocast_dtype = torch.bfloat16 if train.mixed_precision == "bf16" else half
     optimizer, peaks = _optimizer(student, train)
     steps, first = total_steps(train), latest_step(folder)
     _prepare_branches(student, first, train)
@@ -97,7 +101,7 @@ def distill_(
         sums = torch.zeros(4)
         for _ in range(train.accumulation):
             batch = batch_of(list(islice(order, train.batch_size)))
-            terms = _losses(student_forward, teacher, batch, train, blends(student).values())
+            terms = _losses(student_forward, teacher, batch, train, blends(student).values(), autocast_dtype)
             loss = terms.total(kd_weight_at(step, train), train.reconstruction_weight)
             sums += torch.stack([loss, terms.cross_entropy, terms.kl, terms.reconstruction]).detach().cpu()
             _check_finite("loss", loss, step, folder)
@@ -121,9 +125,19 @@ def distill_(
             save_state(folder, step + 1, student, optimizer)
     metrics.close()
     _prepare_branches(student, steps, train)
+    for parameter, dtype in dtypes.items():
+        parameter.data = parameter.data.to(dtype)
     accelerator.end_training()
     student.eval()
     return Summary(steps, first, time.perf_counter() - began)
+
+
+def _to_float32_(student: nn.Module) -> dict[nn.Parameter, torch.dtype]:
+    """Make what trains float32, because steps are smaller than bfloat16 can add; returns the dtypes it had."""
+    dtypes = {p: p.dtype for p in student.parameters() if p.requires_grad}
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    return dtypes
 
 
 def _optimizer(student: nn.Module, train: Train) -> tuple[torch.optim.AdamW, list[float]]:
@@ -150,10 +164,17 @@ def _prepare_branches(student: nn.Module, step: int, train: Train) -> None:
         blend.measure_reconstruction = train.reconstruction_weight > 0
 
 
-def _losses(student: Any, teacher: Any, batch: Batch, train: Train, fading: Iterable[BlendLinear]) -> LossTerms:
+def _losses(
+    student: Any,
+    teacher: Any,
+    batch: Batch,
+    train: Train,
+    fading: Iterable[BlendLinear],
+    autocast_dtype: torch.dtype | None,
+) -> LossTerms:
     labels = batch.pop("labels")
     # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
-    autocast = torch.autocast(labels.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16")
+    autocast = torch.autocast(labels.device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None)
     with autocast:
         logits, targets = answer_logits(student(**batch).logits, labels)
     kl = torch.zeros((), device=logits.device)

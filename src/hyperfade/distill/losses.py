@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperfade.data.collate import IGNORED
 from hyperfade.nn import BlendLinear
-
-IGNORED = -100  # the label of tokens that carry no loss, as everywhere in transformers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Checkpoints: save, load, and the Hugging Face plug-in."""
 
-from hyperfade.hub.card import card, table
+from hyperfade.hub.card import card, footnote, table
 from hyperfade.hub.checkpoint import (
     EMBEDDED,
     EMBEDDED_FOLDER,
@@ -26,6 +26,7 @@ __all__ = [
     "HyperfadeQuantizer",
     "card",
     "fold_",
+    "footnote",
     "load",
     "load_config",
     "load_processor",

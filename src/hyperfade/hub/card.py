@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_LABELS = {"compressed": "**hyperfade**", "low_rank": "low-rank, whitened", "paper": "paper's recipe"}
+_LABELS = {"compressed": "**hyperfade**", "low_rank": "low-rank, whitened", "paper": "paper's recipe, adapted"}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -31,6 +31,11 @@ def card(results: dict[str, Any], name: str = "compressed") -> str:
     """The README.md of one variant's checkpoint, Hugging Face front matter included."""
     recipe, machine = results["recipe"], results["machine"]
     entry = results if name == "compressed" else results["rivals"][name]
+    model_class, processor_class = (
+        ("AutoModelForImageTextToText", "AutoProcessor")
+        if results["takes_images"]
+        else ("AutoModelForCausalLM", "AutoTokenizer")
+    )
     return f"""---
 library_name: transformers
 tags: [hyperfade, phm, compression]
@@ -45,10 +50,10 @@ Feed-forward weights at {entry["ffn_params_ratio"]:.1%} of their parameters, the
 
 ```python
 import hyperfade  # registers the layers; without it transformers refuses to load this folder
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import {model_class}, {processor_class}
 
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+model = {model_class}.from_pretrained("THIS_FOLDER")
+processor = {processor_class}.from_pretrained("THIS_FOLDER")
 ```
 
 ## Measured

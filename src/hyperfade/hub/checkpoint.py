@@ -132,6 +132,10 @@ def clear_errors(name: str) -> Iterator[None]:
             raise
         raise CheckpointError(f"Weights of {name!r} have other shapes than its config.json says.", AGAIN) from error
     except (OSError, ValueError, KeyError) as error:
+        if name.startswith((".", "/", "~")) and not Path(name).exists():
+            raise CheckpointError(
+                f"There is no {name!r}.", "Give a checkpoint folder, a hub name or `embedded`."
+            ) from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(
             f"Cannot load {name!r}: {first_line}", "Give a checkpoint folder, a hub name or `embedded`."

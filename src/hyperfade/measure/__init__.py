@@ -1,7 +1,7 @@
 """Size, speed and quality, measured."""
 
 from hyperfade.measure.footprint import disk_bytes, forward_flops, num_parameters, weight_bytes
-from hyperfade.measure.machine import machine
+from hyperfade.measure.machine import device, machine
 from hyperfade.measure.quality import Quality, Score, answers, evaluate, is_right, wilson
 from hyperfade.measure.speed import Speed, compare_speed
 
@@ -11,6 +11,7 @@ __all__ = [
     "Speed",
     "answers",
     "compare_speed",
+    "device",
     "disk_bytes",
     "evaluate",
     "forward_flops",

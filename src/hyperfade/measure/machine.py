@@ -9,15 +9,20 @@ from pathlib import Path
 import torch
 
 
+def device() -> torch.device:
+    """Where models run: the accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def machine() -> dict[str, str | int]:
     """Processor, cores, accelerator, date (UTC) and the versions that decide numbers."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
-        "accelerator": str(accelerator) if accelerator else "none",
+        "accelerator": "none" if device().type == "cpu" else str(device()),
         "python": platform.python_version(),
         **{name: version(name) for name in ("hyperfade", "torch", "transformers")},
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hyperfade.data import Collator, Example, open_source
+from hyperfade.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,13 @@ def evaluate(
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(numbers), batch_size):
         examples = [source[i] for i in numbers[start : start + batch_size]]
-        for example, answer in answers(model, processor, collator, examples, max_new_tokens):
+        try:
+            answered = answers(model, processor, collator, examples, max_new_tokens)
+        except DataError:  # nothing of this batch is left
+            if on_bad_sample == "error":
+                raise
+            continue
+        for example, answer in answered:
             right[example.kind].append(is_right(answer, example.references))
         on_batch(min(start + batch_size, len(numbers)), len(numbers))
     every = [hit for hits in right.values() for hit in hits]

@@ -18,7 +18,7 @@ SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fc1",), "fc2"),  # CLIP, SigLIP, OPT, BLIP-2's and Qwen2-VL's vision towers
     (("linear_fc1",), "linear_fc2"),  # Qwen3-VL's vision tower
     (("wi_0", "wi_1"), "wo"),  # T5 v1.1
-    (("w1", "w3"), "w2"),  # InternLM2, SwiGLU as in Dinov2
+    (("w1", "w3"), "w2"),  # InternLM2
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
     (("intermediate.dense",), "output.dense"),  # BERT, Q-Former
     (("intermediate_query.dense",), "output_query.dense"),  # BLIP-2's Q-Former
@@ -70,10 +70,16 @@ def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
             continue
         for readers, writer in SHAPES + (PROJECTOR_SHAPES if region == "projector" else ()):
             names = [f"{name}.{child}" if name else child for child in (*readers, writer)]
-            if all(type(modules.get(full)) is nn.Linear for full in names):
+            if all(type(modules.get(full)) is nn.Linear for full in names) and _fit_together(modules, names):
                 found.append(FFN(name, region, tuple(names[:-1]), names[-1]))
                 break
     return tuple(found)
+
+
+def _fit_together(modules: dict[str, nn.Module], names: list[str]) -> bool:
+    """Whether the writer (last) reads what the readers write: names alone may mean something else elsewhere."""
+    *readers, writer = (modules[name] for name in names)
+    return all(r.out_features == writer.in_features for r in readers)
 
 
 def region_of(name: str) -> Region:

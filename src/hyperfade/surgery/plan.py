@@ -16,6 +16,8 @@ from hyperfade.nn import LightSpec
 from hyperfade.recipe import Layer, Recipe, Region, Replace
 from hyperfade.surgery.families import FFN, find_ffns
 
+_REGIONS: tuple[Region, ...] = ("language", "vision", "projector")
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -45,8 +47,8 @@ class Plan:
     swaps: tuple[Swap, ...]
     ffns: tuple[FFN, ...]
     parameters_before: int
-    ffn_parameters_before: int
     kept: tuple[tuple[str, str], ...]  # matrices of FFNs that stay dense, with the reason
+    missing: tuple[Region, ...]  # regions that the recipe replaces but where no FFN of a known shape is
 
     @property
     def saved_parameters(self) -> int:
@@ -90,6 +92,7 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
             "Name its nn.Linear modules with replace.patterns, e.g. patterns: ['*.mlp.*'], and replace.other.",
         )
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    _check_globs(choice, [name for ffn in ffns for name in ffn.linears])
     swaps, kept = [], []
     for ffn in ffns:
         for name in ffn.linears:
@@ -113,9 +116,19 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
         tuple(swaps),
         tuple(f for f in ffns if f.name in names),
         sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for f in ffns if f.region != "projector" for n in f.linears for p in modules[n].parameters()),
         tuple(kept),
+        tuple(region for region in _REGIONS if getattr(choice, region) and region not in {f.region for f in ffns}),
     )
+
+
+def _check_globs(choice: Replace, names: list[str]) -> None:
+    """Raise `NothingMatchedError` for an exclusion or a rule that speaks of no FFN matrix: a typing mistake, mostly."""
+    globs = [("exclude", glob) for glob in choice.exclude] + [("rules: match", rule.match) for rule in choice.rules]
+    for key, glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise NothingMatchedError(
+                f"replace.{key} {glob!r} matches no FFN matrix.", f"They are called like {names[0]} and {names[-1]}."
+            )
 
 
 def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace, taken: set[str]) -> tuple[FFN, ...]:

@@ -1,0 +1,35 @@
+"""The README tells the truth: its table is the kept results', its commands and files exist."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from hyperfade.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_what_the_kept_results_give() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from update_readme import KEPT, with_results
+    finally:
+        sys.path.pop(0)
+    assert with_results(README, json.loads(KEPT.read_text(encoding="utf-8"))) == README
+
+
+def test_every_command_it_shows_exists() -> None:
+    commands = set(re.findall(r"hyperfade (\w+) (?:--|path|runs)", README))
+    assert commands >= {"inspect", "compress", "evaluate", "benchmark"}
+    for command in commands:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_every_file_it_links_to_exists() -> None:
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert len(links) >= 3
+    assert [target for target in links if not (ROOT / target).exists()] == []
