@@ -205,3 +205,8 @@ def test_a_rival_cannot_take_a_name_that_is_taken_or_leaves_the_folder(name: str
 def test_what_cannot_work_is_refused(fields: dict, problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         Recipe.parse(fields)
+
+
+def test_an_unquoted_no_is_a_word(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train: {mixed_precision: no}")
+    assert Recipe.load(tmp_path / "r.yaml").train.mixed_precision == "no"

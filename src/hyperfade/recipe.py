@@ -30,6 +30,11 @@ def _number_in_text(value: Any) -> Any:
     return value
 
 
+def _no_is_a_word(value: Any) -> Any:
+    """YAML 1.1 reads an unquoted `no` as false."""
+    return "no" if value is False else value
+
+
 def _free_name(value: str) -> str:
     """A rival's name becomes a folder and a key of the results, beside `dense` and `compressed`."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", value) or value in ("dense", "compressed"):
@@ -168,7 +173,9 @@ class Train(_Section):
         default=0, ge=0, description="LoRA on the language model's attention, merged at the end; 0 for none"
     )
     lora_alpha: int = Field(default=16, ge=1, description="LoRA scale")
-    mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the training forward passes")
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = Field(
+        default="no", description="autocast of the training forward passes"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
     log_every: int = Field(default=10, ge=1, description="steps between printed lines; metrics.jsonl has every step")
