@@ -26,7 +26,7 @@ from torch import Tensor
 from hyperfade.algebra.bases import Algebra
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank
-from hyperfade.algebra.moments import conditioned, output_error, solve_psd
+from hyperfade.algebra.moments import conditioned, energy, output_error, relative, solve_psd
 from hyperfade.algebra.wide import mixing_gram, sweep_components
 from hyperfade.errors import FitError
 
@@ -97,12 +97,12 @@ def fit(
 
 
 def _fit_alone(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: int) -> Fit:
-    plain = _frobenius(target, algebra, 20 * sweeps)
     if moment is None:
-        return plain
-    # the plain optimum may leave blocks of the input out, which in expected output is no place to start from
-    own = [_start(algebra, target)] if algebra.trainable else []
-    return _alternate(target, moment, [plain, *own], sweeps)
+        return _frobenius(target, algebra, 20 * sweeps)
+    starts = [_start(algebra, target)]
+    if algebra.trainable:  # the plain optimum may leave blocks of the input out, so it is one start of two
+        starts.insert(0, _frobenius_start(target, algebra, 20 * sweeps))
+    return _alternate(target, moment, starts, sweeps)
 
 
 def _fit_with_companion(target: Tensor, algebra: Algebra, moment: Tensor | None, sweeps: int, rank: int) -> Fit:
@@ -128,26 +128,35 @@ def _frobenius(target: Tensor, algebra: Algebra, sweeps: int, start: Fit | None 
     Only the row space of the rearranged W (n², dk/n²) matters, and that has at most n² dimensions: for its principal
     directions V, W's coordinates in V are themselves a tiny matrix (n·n², n) in our layout, with the same optimum.
     """
-    n = algebra.n
-    rows = rearranged(target, n)
-    left, values, right = torch.linalg.svd(rows, full_matrices=False)
-    coordinates = left * values
-    count = coordinates.shape[1]
-    if algebra.form == "terms" and algebra.trainable:
-        mixing, small = left[:, : algebra.size], values[: algebra.size, None] * right[: algebra.size]
-        missing = algebra.size - mixing.shape[1]  # a matrix with fewer blocks than terms is exact already
-        mixing = torch.nn.functional.pad(mixing, (0, missing)).T.reshape(-1, n, n)
-        components = torch.nn.functional.pad(small, (0, 0, 0, missing))
-        tiny = None
-    else:
-        matrix = coordinates.view(n, n, count).permute(0, 2, 1).reshape(n * count, n)
-        identity = torch.eye(n, dtype=target.dtype, device=target.device)
-        tiny = _alternate(matrix, identity, [start or _start(algebra, matrix)], sweeps)
-        mixing = tiny.mixing
-        components = tiny.components.squeeze(-1) @ right
-    components = components.reshape(algebra.size, target.shape[0] // n, target.shape[1] // n)
-    result = Fit(algebra, components, mixing, tiny and tiny.left, tiny and tiny.right, None, ())
+    left, values, right = torch.linalg.svd(rearranged(target, algebra.n), full_matrices=False)
+    tiny = _frobenius_tiny(left, values, algebra, sweeps, start)
+    components = tiny.components.squeeze(-1) @ right
+    components = components.reshape(algebra.size, target.shape[0] // algebra.n, target.shape[1] // algebra.n)
+    result = replace(tiny, components=components)
     return replace(result, errors=(output_error(target, result.dense(), None),))
+
+
+def _frobenius_start(target: Tensor, algebra: Algebra, sweeps: int) -> Fit:
+    """The Frobenius optimum's mixing alone: for a start the Gram matrix of W's blocks (n², n²) tells enough."""
+    rows = rearranged(target, algebra.n)
+    values, left = torch.linalg.eigh(rows @ rows.T)
+    return _frobenius_tiny(left.flip(1), values.flip(0).clamp_min(0).sqrt(), algebra, sweeps)
+
+
+def _frobenius_tiny(left: Tensor, values: Tensor, algebra: Algebra, sweeps: int, start: Fit | None = None) -> Fit:
+    """The optimum in coordinates of the principal directions: components (t or R, count, 1).
+
+    left (n², count) and values (count,) are of the singular value decomposition of the rearranged W.
+    """
+    n, count = algebra.n, len(values)
+    if algebra.form == "terms" and algebra.trainable:
+        missing = max(0, algebra.size - count)  # a matrix with fewer blocks than terms is exact already
+        mixing = torch.nn.functional.pad(left[:, : algebra.size], (0, missing)).T.reshape(-1, n, n)
+        components = torch.nn.functional.pad(torch.diag(values)[: algebra.size], (0, 0, 0, missing))
+        return Fit(algebra, components.unsqueeze(-1), mixing, None, None, None, ())
+    matrix = (left * values).view(n, n, count).permute(0, 2, 1).reshape(n * count, n)
+    identity = torch.eye(n, dtype=left.dtype, device=left.device)
+    return _alternate(matrix, identity, [start or _start(algebra, matrix)], sweeps)
 
 
 def _start(algebra: Algebra, target: Tensor) -> Fit:
@@ -167,12 +176,12 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
     moment4 = moment.view(n, m, n, m)
     cross = blocks(target @ moment, n)
     solved = [_update_components(start, moment4, cross) for start in starts]
-    firsts = [output_error(target, candidate.dense(), moment) for candidate in solved]
+    firsts = [_fit_error(target, candidate, moment) for candidate in solved]
     errors = [min(firsts)]
     best = solved[firsts.index(errors[0])]
     for _ in range(sweeps if algebra.trainable else 0):
         current = _update_components(_update_mixing(best, moment4, cross), moment4, cross)
-        error = output_error(target, current.dense(), moment)
+        error = _fit_error(target, current, moment)
         if not error < errors[-1]:
             break
         best = current
@@ -180,6 +189,18 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
         if errors[-2] - error <= _PROGRESS * error:
             break
     return replace(best, errors=tuple(errors))
+
+
+def _fit_error(target: Tensor, fit: Fit, moment: Tensor) -> float:
+    """The relative output error of a fit without companion, one block row of Ŵ at a time."""
+    mixing = fit.mixing_matrices
+    rows = target.shape[0] // fit.algebra.n
+    error = whole = 0.0
+    for a, dense in enumerate(target.split(rows)):
+        light = torch.einsum("rb,roi->obi", mixing[:, a], fit.components).reshape(rows, -1)
+        error += energy(dense - light, moment)
+        whole += energy(dense, moment)
+    return relative(error, whole)
 
 
 def _update_components(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:

@@ -69,12 +69,17 @@ def output_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -
     """‖(W − Ŵ) C^½‖ / ‖W C^½‖ (0 for W = 0); plain Frobenius where `moment` is None."""
     error = whole = 0.0
     for dense, light in zip(weight.split(_ROWS), approximation.split(_ROWS), strict=True):
-        error += _energy(dense - light, moment)
-        whole += _energy(dense, moment)
+        error += energy(dense - light, moment)
+        whole += energy(dense, moment)
+    return relative(error, whole)
+
+
+def relative(error: float, whole: float) -> float:
+    """The square root of error over whole, both energies; 0 where there is nothing to be wrong about."""
     return math.sqrt(max(error, 0.0) / whole) if whole > 0 else 0.0
 
 
-def _energy(rows: Tensor, moment: Tensor | None) -> float:
+def energy(rows: Tensor, moment: Tensor | None) -> float:
     """tr(rows · C · rowsᵀ)."""
     return (rows.square() if moment is None else (rows @ moment) * rows).sum().item()
 
