@@ -1,6 +1,7 @@
 """Dense → components: against singular values, against least squares on the samples, and with bad inputs."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -262,3 +263,18 @@ def test_error_is_relative_to_the_conditioned_moment() -> None:
     assert result.error == pytest.approx(
         output_error(w, result.dense(), c + 1e-6 * c.diagonal().mean() * torch.eye(10)), rel=1e-9
     )
+
+
+@pytest.mark.parametrize(
+    "algebra", [Algebra.products(4), Algebra.products(4, 7), Algebra.learned(4), Algebra.named("complex")], ids=str
+)
+def test_wide_layers_solved_component_by_component_end_close_to_the_joint_solve(
+    algebra: Algebra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = torch.randn(32, 64).double(), torch.randn(500, 64).double() @ torch.randn(64, 64).double()
+    moment = x.T @ x / 500
+    joint = fit(weight, algebra, moment)
+    monkeypatch.setattr(sys.modules["hyperfade.algebra.fit"], "_JOINT_SOLVE_LIMIT", 8)
+    wide = fit(weight, algebra, moment)
+    assert list(wide.errors) == sorted(wide.errors, reverse=True)
+    assert wide.error == pytest.approx(joint.error, rel=0.05)

@@ -140,7 +140,8 @@ def _frobenius_start(target: Tensor, algebra: Algebra, sweeps: int) -> Fit:
     """The Frobenius optimum's mixing alone: for a start the Gram matrix of W's blocks (n², n²) tells enough."""
     rows = rearranged(target, algebra.n)
     values, left = torch.linalg.eigh(rows @ rows.T)
-    return _frobenius_tiny(left.flip(1), values.flip(0).clamp_min(0).sqrt(), algebra, sweeps)
+    tiny = _frobenius_tiny(left.flip(1), values.flip(0).clamp_min(0).sqrt(), algebra, sweeps)
+    return replace(tiny, components=torch.empty(0))
 
 
 def _frobenius_tiny(left: Tensor, values: Tensor, algebra: Algebra, sweeps: int, start: Fit | None = None) -> Fit:
