@@ -21,6 +21,8 @@ lint: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/fit_memory.py
+	$(BIN)/python benchmarks/fade.py
+	$(BIN)/python benchmarks/calibration.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
