@@ -1,15 +1,23 @@
 """Size, speed and quality, measured."""
 
 from hyperfade.measure.footprint import disk_bytes, forward_flops, num_parameters, weight_bytes
+from hyperfade.measure.layers import FFNSpeed, LayerTime, compare_ffns
 from hyperfade.measure.machine import device, machine
 from hyperfade.measure.quality import Quality, Score, answers, evaluate, is_right, wilson
-from hyperfade.measure.speed import Speed, compare_speed
+from hyperfade.measure.roofline import Ceilings, ceilings
+from hyperfade.measure.speed import Ratio, Speed, compare_speed, speedup, time_alternately
 
 __all__ = [
+    "Ceilings",
+    "FFNSpeed",
+    "LayerTime",
     "Quality",
+    "Ratio",
     "Score",
     "Speed",
     "answers",
+    "ceilings",
+    "compare_ffns",
     "compare_speed",
     "device",
     "disk_bytes",
@@ -18,6 +26,8 @@ __all__ = [
     "is_right",
     "machine",
     "num_parameters",
+    "speedup",
+    "time_alternately",
     "weight_bytes",
     "wilson",
 ]

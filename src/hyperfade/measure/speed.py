@@ -1,17 +1,29 @@
-"""How fast: dense and compressed models side by side, in one run, in alternating rounds.
+"""How fast: dense and compressed side by side, in one run, in alternating rounds.
 
-Machines drift; a ratio of two times taken seconds apart drifts much less. So every round times every model once, and
-what is reported is the median over rounds of the round's ratio to the first model, with its quartiles.
+Machines drift; a ratio of two times taken seconds apart drifts much less. So every round times everything once, and
+what is reported is the median over rounds of the round's ratio to the first, with its quartiles.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Ratio(NamedTuple):
+    """A median over rounds with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}× ({self.low:.2f}-{self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,51 @@ class Speed:
     prefill_speedup_range: tuple[float, float]
     decode_speedup: float
     decode_speedup_range: tuple[float, float]
+
+
+def speedup(mine: Sequence[float], reference: Sequence[float]) -> Ratio:
+    """How many times faster than `reference`, from the seconds both took in the same rounds."""
+    ratios = [theirs / own for own, theirs in zip(mine, reference, strict=True)]
+    return Ratio(statistics.median(ratios), *_quartiles(ratios))
+
+
+@torch.inference_mode()
+def time_alternately(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: tuple[int, int] = (5, 15),
+    least_seconds: float = 0.003,
+    budget_seconds: float = 1.5,
+    warm: bool = False,
+) -> dict[str, list[float]]:
+    """Seconds of one call of each, round by round; a round times each once, every other round in reverse order.
+
+    least_seconds: a timing repeats its call until it lasts this long. rounds: fewest and most; in between, as many as
+    the budget allows. warm: every call was made before, so that none needs to be made untimed.
+    """
+    if not warm:
+        for call in calls.values():
+            call()
+    first = {name: _seconds(call, 1) for name, call in calls.items()}
+    if long := min(first.values()) > 30 * least_seconds:
+        times, seconds = {name: [taken] for name, taken in first.items()}, first
+    else:  # short calls vary at first, and cost little to make again
+        times = {name: [] for name in calls}
+        seconds = {name: min(_seconds(call, 1), _seconds(call, 1)) for name, call in calls.items()}
+    repeats = {name: max(1, math.ceil(least_seconds / taken)) for name, taken in seconds.items()}
+    round_seconds = sum(seconds[name] * repeats[name] for name in calls)
+    count = min(max(int(budget_seconds / round_seconds), rounds[0]), rounds[1])
+    for number in range(1 if long else 0, count):
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            times[name].append(_seconds(calls[name], repeats[name]))
+    return times
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    start = now()
+    for _ in range(repeats):
+        call()
+    return (now() - start) / repeats
 
 
 @torch.inference_mode()
@@ -45,34 +102,35 @@ def compare_speed(
 def _prefill_and_decode(model: Any, prompt: dict[str, Tensor], new_tokens: int) -> tuple[float, float]:
     """Seconds of the prefill, and seconds per decoded token."""
     mask, padded = prompt["attention_mask"], not prompt["attention_mask"].all()
-    start = _now()
+    start = now()
     output = model(**prompt, use_cache=True)
-    prefill = _now() - start
-    start = _now()
+    prefill = now() - start
+    start = now()
     for _ in range(new_tokens):
         token, places = output.logits[:, -1:].argmax(-1), {}
         if padded:  # only then: Qwen-VL models take a mask of the whole length for positions of the whole length
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             places = {"attention_mask": mask, "position_ids": mask.cumsum(-1)[:, -1:] - 1}
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **places)
-    return prefill, (_now() - start) / new_tokens
+    return prefill, (now() - start) / new_tokens
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds of a clock, read when the accelerator has finished what it was given."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def _summary(mine: list[tuple[float, float]], reference: list[tuple[float, float]]) -> Speed:
-    prefill, decode = ([theirs[i] / own[i] for own, theirs in zip(mine, reference, strict=True)] for i in (0, 1))
+    prefill, decode = (speedup([own[i] for own in mine], [theirs[i] for theirs in reference]) for i in (0, 1))
     return Speed(
         statistics.median(own[0] for own in mine),
         statistics.median(own[1] for own in mine),
-        statistics.median(prefill),
-        _quartiles(prefill),
-        statistics.median(decode),
-        _quartiles(decode),
+        prefill.median,
+        (prefill.low, prefill.high),
+        decode.median,
+        (decode.low, decode.high),
     )
 
 
