@@ -111,6 +111,13 @@ def test_no_arguments_print_help(call: Any) -> None:
         (("inspect", EMBEDDED, "--set", "replace.language.n=5"), "gate_proj"),
         (("evaluate", EMBEDDED, "--data", "questions.csv"), "'questions.csv' is no data source"),
         (("benchmark", EMBEDDED, "--data", "missing.jsonl"), "Cannot read missing.jsonl"),
+        (("benchmark", EMBEDDED, "--set", "seed=1"), "--set changes a recipe, and none was given"),
+        (("benchmark", EMBEDDED, EMBEDDED, "--recipe", "quarter"), "--recipe plans one model, 2 were given"),
+        (("benchmark", EMBEDDED, "--recipe", "quartet"), "Cannot read recipe 'quartet'"),
+        (("benchmark", "no/such/model", "--recipe", "quarter"), "Cannot load 'no/such/model'"),
+        (("benchmark", EMBEDDED, "--recipe", "quarter", "--tokens", "1,few"), "--tokens 1,few: not numbers"),
+        (("benchmark", EMBEDDED, "--recipe", "quarter", "--tokens", "0,8"), "a call has at least one token"),
+        (("benchmark", EMBEDDED, "--recipe", "quarter", "--set", "replace.language.n=5"), "gate_proj"),
     ],
     ids=str,
 )
@@ -263,6 +270,29 @@ def test_benchmark_times_models_side_by_side_and_writes_the_numbers(tmp_path: Pa
     facts = {key: written[key] for key in ("dtype", "batch_size", "new_tokens", "rounds")}
     assert facts == {"dtype": "float32", "batch_size": 2, "new_tokens": 2, "rounds": 3}
     assert written["machine"]["torch"]
+
+
+def test_benchmark_with_a_recipe_times_a_models_ffns_from_its_config_alone(tmp_path: Path, call: Any) -> None:
+    config, file = tmp_path / "config.json", tmp_path / "ffns.json"
+    config.write_text((EMBEDDED_FOLDER / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    options = ("--recipe", "quarter", "--set", "replace.rules=[{region: language, last_layers: 1, layer: {n: 2}}]")
+    code, output, errors = call("benchmark", str(config), *options, "--tokens", "8,1", "--output", str(file))
+    assert code == 0
+    assert errors.count("timing ") == 3
+    assert output.startswith(f"{config}, bfloat16, ")  # the recipe's dtype
+    for line in (
+        "vision: 3 FFNs 192 → 768 → 192, random weights",
+        "language: 1 FFNs 256 → 3072 → 256, gated, random weights",
+        "language: all 2 FFNs together",
+    ):
+        assert line in output.splitlines()
+    rows = [line.split() for line in output.splitlines() if line.endswith(("×", ")"))]
+    assert [row[0] for row in rows] == ["1", "8"] * 4  # three kinds, and language together
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert {tuple(ffn["labels"]) for ffn in written["ffns"]} == {("products n=4 R=4",), ("products n=2 R=2",)}
+    times = written["ffns"][0]["times"]["8"]
+    assert times["dense"]["flops"] == 2 * 8 * 2 * 192 * 768
+    assert times["compressed"]["weight_bytes"] < times["dense"]["weight_bytes"] / 3.5
 
 
 def test_recipe_prints_a_recipe_that_reads_back_and_every_key(call: Any) -> None:

@@ -123,16 +123,36 @@ def evaluate(
 @app.command()
 def benchmark(
     models: Annotated[
-        list[str], typer.Argument(help="Checkpoint folders (or `embedded`); the first is the reference.")
+        list[str],
+        typer.Argument(
+            help="Checkpoint folders (or `embedded`), the first is the reference; with --recipe one model, also a hub "
+            "name or a config.json file."
+        ),
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="Before compressing: time the model's FFNs alone, dense and as this recipe's layers."
+        ),
+    ] = None,
+    changes: SetOption = None,
+    tokens: Annotated[str, typer.Option(help="With --recipe: tokens in a call, 1 is decoding.")] = "1,8,64,512,2048",
     data: DataOption = "easy-vqa:test",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; medians and quartiles are over rounds.")] = 15,
-    dtype: Annotated[Dtype, typer.Option(help="What the models run in.")] = "float32",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="What the models run in [default: float32; with --recipe, the recipe's].")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
-    """Time prefill and decode of several models side by side, in one run."""
+    """Time models side by side, in one run: prefill and decode of finished checkpoints; or, with --recipe, what a
+    model's FFNs would gain on this machine, from its config alone."""
+    if recipe is not None:
+        _benchmark_ffns(models, _recipe(recipe, changes), tokens, dtype, output)
+        return
+    if changes:
+        raise RecipeError("--set changes a recipe, and none was given.", "Add --recipe, or leave out --set.")
     from dataclasses import asdict
 
     from hyperfade.data import Collator, open_source
@@ -140,6 +160,7 @@ def benchmark(
     from hyperfade.measure import compare_speed, device, machine
     from hyperfade.workspace import write_json
 
+    dtype = dtype or "float32"
     loaded: dict[str, Any] = {name: load(name, dtype).to(device()) for name in models}  # pyright: ignore
     source = open_source(data)
     if batch_size > len(source):
@@ -160,6 +181,45 @@ def benchmark(
     if output is not None:
         facts = {"dtype": dtype, "batch_size": batch_size, "new_tokens": new_tokens, "rounds": rounds}
         write_json(output, {"machine": machine(), **facts, "models": {n: asdict(s) for n, s in speeds.items()}})
+
+
+def _benchmark_ffns(models: list[str], chosen: Any, tokens: str, dtype: Dtype | None, output: Path | None) -> None:
+    """What the FFNs of one model would gain on this machine."""
+    import torch
+
+    from hyperfade.hub import skeleton
+    from hyperfade.measure import compare_ffns, device, ffn_lines, machine
+    from hyperfade.surgery import plan
+    from hyperfade.workspace import write_json
+
+    if len(models) > 1:
+        raise RecipeError(
+            f"--recipe plans one model, {len(models)} were given.",
+            "Name one; finished checkpoints are compared without --recipe.",
+        )
+    try:
+        counts = sorted({int(part) for part in tokens.split(",")})
+    except ValueError as error:
+        raise RecipeError(f"--tokens {tokens}: not numbers.", "Write them like 1,64,512.") from error
+    if counts[0] < 1:
+        raise RecipeError(f"--tokens {tokens}: a call has at least one token.", "Write them like 1,64,512.")
+    model, kind = skeleton(models[0]), dtype or chosen.dtype
+    found = compare_ffns(
+        model,
+        plan(model, chosen),
+        getattr(torch, kind),
+        device(),
+        counts,
+        lambda shape: typer.echo(f"timing {shape} ...", err=True),
+    )
+    facts = machine()
+    place = facts["processor"] if facts["accelerator"] == "none" else facts["accelerator"]
+    typer.echo(f"{models[0]}, {kind}, {place}, {facts['threads']} threads")
+    typer.echo("\n".join(ffn_lines(found)))
+    if output is not None:
+        from dataclasses import asdict
+
+        write_json(output, {"machine": facts, "dtype": kind, "ffns": [asdict(ffn) for ffn in found]})
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Size, speed and quality, measured."""
 
 from hyperfade.measure.footprint import disk_bytes, forward_flops, num_parameters, weight_bytes
-from hyperfade.measure.layers import FFNSpeed, LayerTime, compare_ffns
+from hyperfade.measure.layers import FFNSpeed, LayerTime, compare_ffns, ffn_lines
 from hyperfade.measure.machine import device, machine
 from hyperfade.measure.quality import Quality, Score, answers, evaluate, is_right, wilson
 from hyperfade.measure.roofline import Ceilings, ceilings
@@ -22,6 +22,7 @@ __all__ = [
     "device",
     "disk_bytes",
     "evaluate",
+    "ffn_lines",
     "forward_flops",
     "is_right",
     "machine",

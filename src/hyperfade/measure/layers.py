@@ -84,6 +84,39 @@ def compare_ffns(
     return found
 
 
+def ffn_lines(ffns: Sequence[FFNSpeed]) -> list[str]:
+    """A table for people: speed-ups over dense by tokens for every kind of FFN, and for a
+    region's FFNs together where they are of several kinds."""
+    lines = []
+    for ffn in ffns:
+        lines.append("")
+        lines.append(f"{ffn.region}: {ffn.count} FFNs {ffn.shape}, random weights")
+        lines.append(f"  {'tokens':>6}  {'dense':>10}  {', '.join(ffn.labels):30}  low-rank of equal size")
+        for tokens, times in ffn.times.items():
+            dense, light, rival = (times[name] for name in ("dense", "compressed", "low_rank"))
+            lines.append(
+                f"  {tokens:6}  {1e3 * dense.median_seconds:7.2f} ms  {light.speedup_over(dense)!s:30}  "
+                f"{rival.speedup_over(dense)}"
+            )
+    for region in dict.fromkeys(ffn.region for ffn in ffns):
+        same = [ffn for ffn in ffns if ffn.region == region]
+        if len(same) == 1:
+            continue
+        lines += ["", f"{region}: all {sum(ffn.count for ffn in same)} FFNs together"]
+        for tokens in same[0].times:
+            dense, light, rival = (
+                sum(ffn.count * ffn.times[tokens][name].median_seconds for ffn in same)
+                for name in ("dense", "compressed", "low_rank")
+            )
+            lines.append(f"  {tokens:6}  {1e3 * dense:7.2f} ms  {f'{dense / light:.2f}×':30}  {dense / rival:.2f}×")
+    return [
+        *lines,
+        "",
+        "Medians (quartiles) over alternating rounds; weights come from memory, as inside a model. These are the FFNs",
+        "alone: a whole model gains less, by the time that attention, embeddings and head take.",
+    ]
+
+
 def distinct_ffns(model: nn.Module, plan: Plan) -> list[tuple[FFN, tuple[Swap, ...], int]]:
     """The plan's FFNs without repetitions: one of each region, shape and replacement, its swaps, and how many."""
     swaps: dict[str, list[Swap]] = {}
