@@ -123,6 +123,14 @@ class Algebra:
         r = torch.arange(self.size)
         return rows[r % self.n], rows[(r + r // self.n) % self.n]
 
+    @property
+    def num_products(self) -> int:
+        """R of `bilinear_factors`; 0 where none are known."""
+        if self.form == "products":
+            return self.size
+        factors = self.bilinear_factors()
+        return 0 if factors is None else len(factors.u)
+
     def bilinear_factors(self) -> BilinearFactors | None:
         """Exact factors with the fewest products known to us, or None; they run at R/n² of the dense multiply-adds."""
         a, t = self.structure(), self.size
@@ -135,6 +143,8 @@ class Algebra:
         if self.name in ("split_complex", "z2") or (self.name == "cyclic" and self.n == 2):
             rows = orthogonal_rows(self.n) * math.sqrt(self.n)
             return BilinearFactors(rows[:, :t], rows / self.n, rows)
+        if self.name == "cyclic":
+            return _cyclic_factors(self.n, t)
         return None
 
     def num_parameters(self, in_features: int, out_features: int) -> int:
@@ -144,12 +154,12 @@ class Algebra:
         return self.size * in_features * out_features // self.n**2 + mixing
 
     def multiply_adds(self, in_features: int, out_features: int) -> int:
-        """Multiply-adds per token of the layer as `hyperfade.PHMLinear` runs it, its mixes included."""
+        """Multiply-adds per token, mixes included, of the exact form that needs the fewest: R/n² or t/n of dense."""
         self.check_features(in_features, out_features)
         d, k, n, size = in_features, out_features, self.n, self.size
-        if self.form == "products":
-            return size * (d * k // n**2 + d + k)
-        return size * (d * k // n + n * min(d, k))
+        by_products = self.num_products * (d * k // n**2 + d + k)
+        by_terms = size * (d * k // n + n * min(d, k))
+        return by_products if self.form == "products" or 0 < by_products < by_terms else by_terms
 
     def check_features(self, in_features: int, out_features: int, where: str = "the layer") -> None:
         """Raise `AlgebraError` unless n divides both widths; the hint names dimensions that do."""
@@ -209,6 +219,22 @@ def _complex_factors(a: Tensor) -> BilinearFactors:
     else:  # [[a, −b], [b, c]] is a symmetric matrix with its second row negated; symmetric 2×2 has rank 3
         u, p, q = [[0, -1, 0], [1, 1, 1], [-1, 1, 1]], [[1, -1], [1, 0], [0, -1]], [[1, 1], [1, 0], [0, 1]]
     return BilinearFactors(*(torch.tensor(x, dtype=torch.float64) for x in (u, p, q)))
+
+
+def _cyclic_factors(n: int, t: int) -> BilinearFactors:
+    """The real Fourier transform: one product for each real frequency, Gauss' three for each complex pair."""
+    gauss = _complex_factors(Algebra.named("complex").structure())
+    position = torch.arange(n, dtype=torch.float64)
+    u, p, q = [], [], []
+    for frequency in range(n // 2 + 1):
+        angle = 2 * math.pi / n * frequency * position
+        wave = torch.stack([angle.cos(), -angle.sin()])
+        if 2 * frequency % n == 0:  # its own conjugate: the wave has no imaginary part
+            real = wave[:1]
+            u, p, q = [*u, real], [*p, real / n], [*q, real]
+        else:
+            u, p, q = [*u, gauss.u @ wave], [*p, gauss.p @ wave * (2 / n)], [*q, gauss.q @ wave]
+    return BilinearFactors(torch.cat(u)[:, :t], torch.cat(p), torch.cat(q))
 
 
 def _quaternion_factors() -> BilinearFactors:

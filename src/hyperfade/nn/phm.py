@@ -17,11 +17,17 @@ both: with R = n everything is 1/n. That is why it is the default.
 The core is exactly an `nn.Linear`, because quantizers, adapters and exporters know that type.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
+from hyperfade.nn.execution import Execution, execution
+from hyperfade.nn.forms import batched, fixed_factors, fixed_rows, mix_in, mix_out, separate
 from hyperfade.nn.low_rank import LowRankLinear
+
+_COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
 
 
 class PHMLinear(nn.Module):
@@ -50,6 +56,7 @@ class PHMLinear(nn.Module):
         d_block, k_block = in_features // n, out_features // n
         self.in_features, self.out_features, self.algebra = in_features, out_features, algebra
         self.mixes_in = in_features <= out_features
+        self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
             self.Q = nn.Parameter(torch.empty(size, n, **like))
@@ -146,39 +153,49 @@ class PHMLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
-        if self.algebra.form == "products":
-            y = self._products(tokens)
-        elif self.mixes_in:
-            y = self._mix_in(tokens)
-        else:
-            y = self._mix_out(tokens)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = self.run(tokens, self._execution(tokens)).view(*x.shape[:-1], self.out_features)
         if self.companion is not None:
             y = y + self.companion(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast y is half and the bias is not
 
-    def _mix_in(self, x: Tensor) -> Tensor:
-        """x (M, d) → (M, k) through u (M, n, t·d/n)."""
-        n, t = self.algebra.n, self.algebra.size
-        mix = self.A.transpose(0, 1).reshape(n * t, n)
-        u = torch.matmul(mix, x.view(-1, n, self.in_features // n))
-        return self.core(u.reshape(-1, n, t * self.in_features // n)).flatten(1)
+    def _execution(self, tokens: Tensor) -> Execution:
+        """The form to run, by cost."""
+        by_products = self.algebra.form == "products"
+        if not by_products and not self._plain_core:
+            return Execution("core", "matmul")
+        if torch.compiler.is_compiling():  # sums fuse with their neighbours, so what remains is arithmetic
+            by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
+            return Execution("products" if by_products else "core", "sums")
+        like = tokens.dtype, tokens.device.type
+        how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
+        return replace(how, chunk=None) if torch.is_grad_enabled() else how
 
-    def _mix_out(self, x: Tensor) -> Tensor:
-        """x (M, d) → (M, k) through z (M, n, t·k/n)."""
-        n, t = self.algebra.n, self.algebra.size
-        z = self.core(x.view(-1, n, self.in_features // n))
-        mix = self.A.permute(1, 2, 0).reshape(n, n * t)
-        return torch.matmul(mix, z.view(-1, n * t, self.out_features // n)).flatten(1)
+    def run(self, tokens: Tensor, how: Execution) -> Tensor:
+        """tokens (M, in_features) → (M, out_features) in the form that `how` says; no companion, no bias.
 
-    def _products(self, x: Tensor) -> Tensor:
-        """x (M, d) → (M, k) through R products; tokens sit behind the blocks so that each mix is one product."""
-        n, r, m = self.algebra.n, self.algebra.size, x.shape[0]
-        by_block = x.view(m, n, self.in_features // n).transpose(0, 1).flatten(1)
-        u = (self.Q @ by_block).view(r, m, self.in_features // n)
-        z = torch.bmm(u, self.T.transpose(1, 2))
-        y = (self.P.T @ z.flatten(1)).view(n, m, self.out_features // n)
-        return y.transpose(0, 1).reshape(m, self.out_features)
+        Chunks write into one output, which autograd cannot follow: they are for inference.
+        """
+        if how.chunk is not None and len(tokens) > how.chunk:
+            y = tokens.new_empty(len(tokens), self.out_features)
+            whole = replace(how, chunk=None)
+            for part, rows in zip(y.split(how.chunk), tokens.split(how.chunk), strict=True):
+                part.copy_(self.run(rows, whole))
+            return y
+        n, t = self.algebra.n, self.algebra.size
+        x = tokens.view(len(tokens), n, self.in_features // n)
+        if self.algebra.form == "products":
+            return batched(x, self.P, self.Q, self.T, how.mixing)
+        if how.form == "products" and self.fixed_factors is not None:
+            return separate(x, self.fixed_factors, self.components)
+        fixed = self.fixed_mixing if how.mixing == "sums" else None
+        if self.mixes_in:
+            return mix_in(x, fixed or self.A.transpose(0, 1).reshape(n * t, n), self.core)
+        return mix_out(x, fixed or self.A.permute(1, 2, 0).reshape(n, n * t), self.core)
+
+    @property
+    def _plain_core(self) -> bool:
+        """Whether the core's weight can be read directly: not where a quantizer or an adapter took the core's place."""
+        return type(self.core) is nn.Linear and self.core.weight.is_floating_point()
 
     def extra_repr(self) -> str:
         a = self.algebra

@@ -1,0 +1,137 @@
+"""Which exact form a layer runs in, chosen by cost: a pure function of algebra, widths, tokens, dtype and device.
+
+The cost of a form is what it moves and multiplies, in the few unit prices of `Prices`. They come from `prices.json`,
+which `benchmarks/execution.py` measures; the same script times every form over a grid of shapes and keeps how much
+slower than the best form the choice was.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Literal
+
+import torch
+
+from hyperfade.algebra import Algebra
+from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
+
+_FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
+
+
+@dataclass(frozen=True)
+class Execution:
+    """core: mix around the one core; products: R products. chunk: tokens handled at a time, None for all at once."""
+
+    form: Literal["core", "products"]
+    mixing: Mixing
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Unit prices in seconds of one dtype on one kind of device, and the cache that temporaries should stay in."""
+
+    product_call: float  # fixed price of a matrix product
+    multiply_add: float
+    weight_byte: float  # streamed from memory
+    small_product_call: float  # fixed price of mixing by a matrix product
+    small_product_element: float  # written
+    sum_call: float  # fixed price of an elementwise operation
+    sum_element: float  # written
+    cache_bytes: int
+
+    def products(self, calls: int, multiply_adds: int, weight_bytes: int) -> float:
+        """Large matrix products wait for arithmetic or for their weights, whichever takes longer."""
+        return calls * self.product_call + max(multiply_adds * self.multiply_add, weight_bytes * self.weight_byte)
+
+    def small_product(self, elements: int) -> float:
+        """Mixing blocks by a matrix product that writes so many elements."""
+        return self.small_product_call + elements * self.small_product_element
+
+    def sums(self, calls: int, elements: int) -> float:
+        """So many elementwise operations that write so many elements in all."""
+        return calls * self.sum_call + elements * self.sum_element
+
+
+@lru_cache
+def prices(device_type: str, dtype: torch.dtype) -> Prices:
+    """The measured prices; a device or dtype that was not measured takes those of the nearest one that was."""
+    table = json.loads((files("hyperfade.nn") / "prices.json").read_text(encoding="utf-8"))["prices"]
+    device = table.get(device_type) or table["cuda" if device_type != "meta" else "cpu"]
+    half = dtype in (torch.bfloat16, torch.float16)
+    return Prices(**device["bfloat16" if half else "float32"])
+
+
+@lru_cache(maxsize=4096)
+def execution(
+    algebra: Algebra, in_features: int, out_features: int, tokens: int, dtype: torch.dtype, device_type: str
+) -> Execution:
+    """The cheapest form for `tokens` rows of (in_features → out_features). The same arguments give the same answer."""
+    price = prices(device_type, dtype)
+    options = candidates(algebra)
+    costs = {option: seconds(option, algebra, in_features, out_features, tokens, dtype, price) for option in options}
+    best = min(options, key=costs.__getitem__)
+    chunk = max(_FEWEST_TOKENS, price.cache_bytes // ((in_features + out_features) * dtype.itemsize) // 64 * 64)
+    return best if tokens < 1.5 * chunk else replace(best, chunk=chunk)
+
+
+def candidates(algebra: Algebra) -> tuple[Execution, ...]:
+    """Every form that computes layers of this algebra exactly, unchunked."""
+    if algebra.form == "products":
+        return Execution("products", "matmul"), Execution("products", "sums")
+    forms = [Execution("core", "matmul")]
+    if not algebra.trainable:
+        forms.append(Execution("core", "sums"))
+    if fixed_factors(algebra) is not None:
+        forms.append(Execution("products", "sums"))
+    return tuple(forms)
+
+
+def seconds(
+    how: Execution,
+    algebra: Algebra,
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    dtype: torch.dtype,
+    price: Prices,
+) -> float:
+    """What a form is expected to take for `tokens` rows."""
+    n, size, d, k = algebra.n, algebra.size, in_features // algebra.n, out_features // algebra.n  # per block
+    stored_bytes = size * d * k * dtype.itemsize
+    factors = fixed_factors(algebra)
+    if how.form == "products":
+        count = algebra.num_products
+        total = price.products(1 if factors is None else count, count * tokens * d * k, stored_bytes)
+        mixes = [_Mix(tokens * d, n, count), _Mix(tokens * k, count, n)]
+        rows = None if factors is None else (factors.q, factors.p)
+        if factors is not None:
+            total += price.sums(_operations(factors.u), _operations(factors.u) * d * k)
+    else:
+        total = price.products(1, n * size * tokens * d * k, stored_bytes)
+        mix_in = in_features <= out_features
+        mixes = [_Mix(tokens * d, n, n * size) if mix_in else _Mix(tokens * k, n * size, n)]
+        fixed = fixed_rows(algebra, mix_in)
+        rows = None if fixed is None else (fixed,)
+    if how.mixing == "matmul":
+        return total + sum(price.small_product(mix.width * mix.written) for mix in mixes)
+    if rows is None:  # a running sum over the blocks, for all outputs at once
+        return total + sum(price.sums(mix.read, mix.width * mix.read * mix.written) for mix in mixes)
+    for mix, coefficients in zip(mixes, rows, strict=True):  # and at last the blocks are joined
+        total += price.sums(_operations(coefficients), _operations(coefficients) * mix.width)
+    return total + price.sums(1, mixes[-1].width * mixes[-1].written)
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """`read` blocks become `written` blocks of `width` elements over all tokens."""
+
+    width: int
+    read: int
+    written: int
+
+
+def _operations(rows: Rows) -> int:
+    """Elementwise operations that `forms.combined` runs for these rows: one per entry, less what a view gives."""
+    return sum(sum(factor != 0 for factor in row) - (1.0 in row) for row in rows)

@@ -1,0 +1,119 @@
+"""The exact forms of one hypercomplex product. All compute y = x Wᵀ with W = Σ_i A_i ⊗ S_i; none builds W.
+
+    mix in     u[a,i] = Σ_b A[i,a,b] x[b]     y[a] = core(u[a])                    one product of n·M rows
+    mix out    z[b,i] = core(x[b])            y[a] = Σ_ib A[i,a,b] z[b,i]          one product of n·M rows
+    batched    u[r] = Σ_b Q[r,b] x[b]         z[r] = T_r u[r]    y[a] = Σ_r P[r,a] z[r]     R products in one call
+    separate   the same, product by product, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
+
+Mixing moves M·n small blocks and is bound by memory and by the cost of a call, not by arithmetic. Two ways: one tiny
+matrix product over the blocks, or a running sum over them. Where the coefficients are known numbers (`Rows`), the sum
+leaves out zeros and is a mere view where one coefficient of 1 is all there is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperfade.algebra import Algebra
+
+Mixing = Literal["matmul", "sums"]
+Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class FixedFactors:
+    """Bilinear factors as plain numbers: U (R, t), P as (n, R), Q (R, n). A row of U with one entry has it equal 1."""
+
+    u: Rows
+    p: Rows
+    q: Rows
+
+
+@lru_cache
+def fixed_rows(algebra: Algebra, mix_in: bool) -> Rows | None:
+    """The mixing of a fixed algebra's core: (n·t, n) for mix in, (n, n·t) for mix out; None where A is learned."""
+    if algebra.trainable:
+        return None
+    n = algebra.n
+    with torch.device("cpu"):  # also where a caller builds a layer on the meta device
+        structure = algebra.structure()
+        mixing = structure.transpose(0, 1).reshape(-1, n) if mix_in else structure.permute(1, 2, 0).reshape(n, -1)
+        return _rows(mixing)
+
+
+@lru_cache
+def fixed_factors(algebra: Algebra) -> FixedFactors | None:
+    """The products that a fixed algebra's core can be run as, or None where none are known or A is learned."""
+    with torch.device("cpu"):  # also where a caller builds a layer on the meta device
+        factors = None if algebra.trainable else algebra.bilinear_factors()
+        if factors is None:
+            return None
+        alone = (factors.u.abs() > 1e-12).sum(1) == 1
+        scale = torch.where(alone, factors.u.sum(1), 1.0)  # W is the same with a factor moved from U to P
+        return FixedFactors(_rows(factors.u / scale[:, None]), _rows((factors.p * scale[:, None]).T), _rows(factors.q))
+
+
+def mix_in(x: Tensor, mixing: Tensor | Rows, core: Callable[[Tensor], Tensor]) -> Tensor:
+    """x (M, n, d/n), mixing (n·t, n), core t·d/n → k/n: y (M, k)."""
+    m, n, width = x.shape
+    u = mixed(x, mixing) if isinstance(mixing, Tensor) else torch.stack(combined(x.unbind(1), mixing), 1)
+    return core(u.view(m, n, u.shape[1] // n * width)).flatten(1)
+
+
+def mix_out(x: Tensor, mixing: Tensor | Rows, core: Callable[[Tensor], Tensor]) -> Tensor:
+    """x (M, n, d/n), core d/n → t·k/n, mixing (n, n·t): y (M, k)."""
+    z = core(x)
+    rows = len(mixing[0]) // len(mixing)
+    z = z.view(len(z), x.shape[1] * rows, z.shape[2] // rows)
+    return mixed(z, mixing).flatten(1) if isinstance(mixing, Tensor) else torch.cat(combined(z.unbind(1), mixing), 1)
+
+
+def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tensor:
+    """x (M, n, d/n), P and Q (R, n), T (R, k/n, d/n): y (M, k)."""
+    mix = mixed_by_sums if mixing == "sums" else mixed
+    z = torch.bmm(mix(x, q).transpose(0, 1), t.transpose(1, 2))
+    return mix(z.transpose(0, 1), p.T).flatten(1)
+
+
+def separate(x: Tensor, factors: FixedFactors, components: Tensor) -> Tensor:
+    """x (M, n, d/n), S (t, k/n, d/n): y (M, k)."""
+    products = zip(combined(x.unbind(1), factors.q), combined(components.unbind(0), factors.u), strict=True)
+    return torch.cat(combined([F.linear(u, t) for u, t in products], factors.p), 1)
+
+
+def mixed(x: Tensor, weights: Tensor) -> Tensor:
+    """Σ_b weights[a, b] x[:, b] as a matrix product: x (M, b, w), weights (a, b): (M, a, w)."""
+    return torch.matmul(weights, x)
+
+
+def mixed_by_sums(x: Tensor, weights: Tensor) -> Tensor:
+    """What `mixed` gives, block by block: no call into a matrix library, whose price a small b does not earn back."""
+    weights = weights.to(x.dtype)  # under autocast x is half and the weights are not
+    total = x[:, :1] * weights[:, 0, None]
+    for b in range(1, x.shape[1]):  # in place: a fresh result per step costs more in page faults than the sum itself
+        total.addcmul_(x[:, b : b + 1], weights[:, b, None])
+    return total
+
+
+def combined(blocks: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+    """Σ_b row[b] blocks[b] for every row."""
+    return [_combination(blocks, row) for row in rows]
+
+
+def _combination(blocks: Sequence[Tensor], row: tuple[float, ...]) -> Tensor:
+    terms = [(block, factor) for block, factor in zip(blocks, row, strict=True) if factor]
+    terms.sort(key=lambda term: term[1] != 1)  # begin with what needs no multiplication
+    (total, factor), *rest = terms or [(blocks[0], 0.0)]
+    total = total if factor == 1 else -total if factor == -1 else total * factor
+    for block, factor in rest:
+        total = torch.add(total, block, alpha=factor)
+    return total
+
+
+def _rows(matrix: Tensor) -> Rows:
+    return tuple(tuple(0.0 if abs(value) < 1e-12 else value for value in row) for row in matrix.tolist())
