@@ -85,9 +85,9 @@ def _models(results: dict[str, Any]) -> list[str]:
         if kind == "speed":
             speeds.setdefault(name, []).append(cell)
     parts = [
-        "bfloat16. Time to first token: one image and 32 words, vision tower and prompt. "
-        "`measured / predicted` compares with Amdahl's law: the share of the dense model's time spent in FFNs and the FFNs' own speed-ups, both "
-        f"from the same process. Within {AMDAHL_TARGET:.0%} of 1 the FFNs' gain reaches the model in full.",
+        "bfloat16. Time to first token: one image and 32 words, vision tower and prompt. `measured / predicted` "
+        "compares with Amdahl's law: the FFNs' share of the dense model's time and the FFNs' own speed-ups, both from "
+        f"the same process. Within {AMDAHL_TARGET:.0%} of 1 the FFNs' gain reaches the model in full.",
     ]
     for name, groups in speeds.items():
         parts.append(f"### {name}")

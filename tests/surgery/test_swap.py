@@ -11,7 +11,7 @@ from torch import nn
 from hyperfade.algebra import Algebra
 from hyperfade.errors import FitError, PlanError
 from hyperfade.hub import fold_
-from hyperfade.nn import BlendLinear, LightSpec, LowRankLinear, PHMLinear, light_modules
+from hyperfade.nn import BlendLinear, JointReading, LightSpec, LowRankLinear, PHMLinear, light_modules
 from hyperfade.recipe import Layer, Recipe, Replace
 from hyperfade.surgery import Plan, blends, drop_dense_, install_, plan, set_alpha_, swap_
 
@@ -263,3 +263,26 @@ def test_plain_modules_can_be_swapped_as_well() -> None:
 def test_light_modules_of_a_mixed_model() -> None:
     model = nn.ModuleDict({"a": PHMLinear(8, 8, Algebra.products(2), companion_rank=1), "b": LowRankLinear(8, 8, 2)})
     assert list(light_modules(model)) == ["a", "b"]  # the companion is part of a
+
+
+def test_the_gate_and_up_of_every_gated_ffn_run_as_one_after_the_fold() -> None:
+    family = FAMILIES["qwen2_5_vl"]
+    model = family.build()
+    found = plan(model, Replace(language=Layer(n=4), vision=Layer(n=2)))
+    swap_(model, found)
+    fold_(model)
+    gated = [ffn for ffn in found.ffns if len(ffn.readers) == 2]
+    assert {ffn.region for ffn in gated} == {"language", "vision"}
+    for ffn in gated:
+        gate, up = (model.get_submodule(name).joint for name in ffn.readers)
+        assert isinstance(gate, JointReading)
+        assert gate is up
+        assert model.get_submodule(ffn.writer).joint is None
+
+
+def test_terms_and_unlike_layers_stay_apart() -> None:
+    for layer in (Layer(kind="complex"), Layer(kind="low_rank", fraction=0.4)):
+        model = FAMILIES["qwen2_5_vl"].build()
+        swap_(model, plan(model, Replace(language=layer, vision=None)))
+        fold_(model)
+        assert all(getattr(module, "joint", None) is None for module in model.modules())

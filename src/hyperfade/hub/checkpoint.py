@@ -27,7 +27,7 @@ from hyperfade.errors import CheckpointError, OutputError
 from hyperfade.hub.integrity import AGAIN, verify_checkpoint
 from hyperfade.hub.quantizer import METHOD, HyperfadeConfig, HyperfadeQuantizer, align_
 from hyperfade.nn import LightSpec, light_modules
-from hyperfade.surgery import drop_dense_, install_
+from hyperfade.surgery import drop_dense_, install_, join_readers_
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "easy-vqa-llava"
@@ -36,6 +36,7 @@ EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "easy-vqa-llava"
 def fold_(model: nn.Module) -> None:
     """Drop the dense branches of a faded model and mark it: `save_pretrained` then writes a loadable checkpoint."""
     drop_dense_(model)
+    join_readers_(model)
     mark_(model)
 
 
@@ -177,6 +178,7 @@ def load(name: str, dtype: str = "auto", device_map: Any = None) -> PreTrainedMo
     if report["missing_keys"]:
         raise CheckpointError(f"{name!r} holds no weights for {min(report['missing_keys'])}.", AGAIN)
     align_(model)
+    join_readers_(model)
     return model.eval()
 
 

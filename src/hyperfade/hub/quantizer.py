@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hyperfade.errors import CheckpointError
 from hyperfade.hub.integrity import AGAIN, verify_safetensors
 from hyperfade.nn import LightSpec
-from hyperfade.surgery import install_
+from hyperfade.surgery import install_, join_readers_
 
 METHOD = "hyperfade"
 VERSION = 1
@@ -132,6 +132,7 @@ class HyperfadeQuantizer(HfQuantizer):
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):  # meta: offloaded
                     raise CheckpointError(f"The checkpoint holds no weights for {name}.{part}.", AGAIN)
         align_(model)
+        join_readers_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:

@@ -17,7 +17,9 @@ both: with R = n everything is 1/n. That is why it is the default.
 The core is exactly an `nn.Linear`, because quantizers, adapters and exporters know that type.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,14 @@ from hyperfade.nn.forms import batched, fixed_factors, fixed_rows, mix_in, mix_o
 from hyperfade.nn.low_rank import LowRankLinear
 
 _COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
+
+
+class Joint(Protocol):
+    """What a layer knows of a `JointReading` it is part of."""
+
+    def pack_(self) -> None: ...
+
+    def output(self, layer: "PHMLinear", x: Tensor) -> Tensor | None: ...
 
 
 class PHMLinear(nn.Module):
@@ -56,6 +66,7 @@ class PHMLinear(nn.Module):
         d_block, k_block = in_features // n, out_features // n
         self.in_features, self.out_features, self.algebra = in_features, out_features, algebra
         self.mixes_in = in_features <= out_features
+        self.joint: Joint | None = None
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
@@ -152,11 +163,20 @@ class PHMLinear(nn.Module):
         return weight if self.companion is None else weight + self.companion.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, self.in_features)
-        y = self.run(tokens, self._execution(tokens)).view(*x.shape[:-1], self.out_features)
+        y = self.joint.output(self, x) if self.joint is not None else None
+        if y is None:
+            tokens = x.reshape(-1, self.in_features)
+            y = self.run(tokens, self._execution(tokens))
+        y = y.view(*x.shape[:-1], self.out_features)
         if self.companion is not None:
             y = y + self.companion(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast y is half and the bias is not
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PHMLinear":
+        super()._apply(fn, recurse)  # .to(device) and the like move every parameter on its own
+        if self.joint is not None:
+            self.joint.pack_()
+        return self
 
     def _execution(self, tokens: Tensor) -> Execution:
         """The form to run, by cost."""

@@ -3,7 +3,7 @@
 from hyperfade.surgery.basis import energy_order, permute_hidden_
 from hyperfade.surgery.families import FFN, find_ffns, region_of
 from hyperfade.surgery.plan import Plan, Swap, human, matched_low_rank, plan
-from hyperfade.surgery.swap import blends, drop_dense_, install_, set_alpha_, swap_
+from hyperfade.surgery.swap import blends, drop_dense_, install_, join_readers_, set_alpha_, swap_
 
 __all__ = [
     "FFN",
@@ -15,6 +15,7 @@ __all__ = [
     "find_ffns",
     "human",
     "install_",
+    "join_readers_",
     "matched_low_rank",
     "permute_hidden_",
     "plan",

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from hyperfade.errors import FitError, PlanError
-from hyperfade.nn import BlendLinear, LightSpec
+from hyperfade.nn import BlendLinear, JointReading, LightSpec, PHMLinear
+from hyperfade.surgery.families import SHAPES
 from hyperfade.surgery.plan import Plan
 
 
@@ -87,3 +88,18 @@ def drop_dense_(model: nn.Module) -> None:
         raise PlanError(f"{type(model).__name__} has no fading layers.", "Call hyperfade.swap_(model, plan) first.")
     for name, blend in found.items():
         model.set_submodule(name, blend.light)
+
+
+def join_readers_(model: nn.Module) -> None:
+    """Let the gate and the up of every gated FFN run as one where both are products-form layers of one shape."""
+    pairs = [readers for readers, _ in SHAPES if len(readers) == 2]
+    for module in model.modules():
+        for names in pairs:
+            first, second = (getattr(module, name, None) for name in names)
+            if isinstance(first, PHMLinear) and isinstance(second, PHMLinear) and _alike(first, second):
+                JointReading(first, second)
+
+
+def _alike(first: PHMLinear, second: PHMLinear) -> bool:
+    by_products = first.algebra.form == "products"
+    return by_products and first.algebra == second.algebra and first.components.shape == second.components.shape

@@ -1,0 +1,81 @@
+"""Two PHM layers that read the same input, run as one: a gated FFN's gate and up.
+
+An FFN calls its gate, then its up, on the same tokens. Apart they are two mixes in, two batched products and two mixes
+out; together one of each, over 2R products, and the input is read once. With few tokens a call's fixed price is what
+small layers wait for, and this halves the calls.
+
+The two layers' factors lie side by side in memory, so the 2R products are a view of the parameters: no second copy.
+The first layer computes both outputs and keeps the second's until the second asks with the very same input.
+"""
+
+import torch
+from torch import Tensor
+
+from hyperfade.nn.phm import PHMLinear
+
+_FACTORS = ("P", "Q", "T")
+_MOST_TOKENS = 64  # with more, products and mixes outweigh calls and nothing is left to gain
+
+
+class JointReading:
+    """Joins `first` and `second`, products-form layers of one shape, called in this order on the same input.
+
+    Where the order is another, or the two no longer lie side by side (one was replaced), they run apart.
+    """
+
+    def __init__(self, first: PHMLinear, second: PHMLinear) -> None:
+        self.first, self.second = first, second
+        self._kept: tuple[Tensor, Tensor] | None = None  # the input, and the second's output for it
+        first.joint = second.joint = self
+        self.pack_()
+
+    @torch.no_grad()
+    def pack_(self) -> None:
+        """Put the two layers' factors side by side, where both are on one device in one dtype."""
+        for name in _FACTORS:
+            a, b = getattr(self.first, name), getattr(self.second, name)
+            alike = (a.device, a.dtype) == (b.device, b.dtype)
+            if alike and not a.is_meta and self._together(name) is None:
+                both = torch.cat([a, b])
+                a.data, b.data = both[: len(a)], both[len(a) :]
+
+    def output(self, layer: PHMLinear, x: Tensor) -> Tensor | None:
+        """What `layer` makes of x (..., in_features), its bias and companion left out: (M, out_features); or None where
+        it has to run alone."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() > _MOST_TOKENS * layer.in_features:
+            return None
+        kept, self._kept = self._kept, None
+        if layer is self.second:
+            return kept[1] if kept is not None and kept[0] is x else None
+        if kept is not None:  # the second does not read what the first does, so this only wastes work
+            self.first.joint = self.second.joint = None
+            return None
+        p, q, t = (self._together(name) for name in _FACTORS)
+        if p is None or q is None or t is None:
+            return None
+        mine, other = _outputs(x.reshape(-1, layer.algebra.n, layer.in_features // layer.algebra.n), p, q, t)
+        self._kept = (x, other)
+        return mine
+
+    def _together(self, name: str) -> Tensor | None:
+        """A factor of both layers as one view, or None where they do not lie side by side."""
+        a, b = getattr(self.first, name), getattr(self.second, name)
+        if a.is_meta or a.data_ptr() + a.nbytes != b.data_ptr():
+            return None
+        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+            return None  # neighbours by chance
+        return torch.as_strided(a, (2 * len(a), *a.shape[1:]), a.stride())
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": None}  # an output is of no use in a copy
+
+
+def _outputs(x: Tensor, p: Tensor, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, n, d/n), P and Q (2R, n), T (2R, k/n, d/n): both layers' y (M, k)."""
+    products = len(q) // 2
+    z = torch.bmm(torch.matmul(q, x).transpose(0, 1), t.transpose(1, 2)).transpose(0, 1)
+    if len(x) == 1:  # then z is a matrix for each layer, and both mixes out are one call
+        first, second = torch.matmul(p.view(2, products, -1).transpose(1, 2), z.view(2, products, -1)).flatten(1)
+        return first[None], second[None]
+    first, second = (torch.matmul(own.T, part) for own, part in zip(p.chunk(2), z.chunk(2, 1), strict=True))
+    return first.flatten(1), second.flatten(1)
