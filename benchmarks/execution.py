@@ -1,9 +1,10 @@
 """What each exact form of a layer takes, and the prices that choose between them: python benchmarks/execution.py
 
-First the unit prices of this machine's processor and dtype are measured and written to src/hyperfade/nn/prices.json,
-with which `hyperfade.nn.execution` chooses. Then every form runs beside the dense layer over a grid of algebras, shapes
-and tokens; results keep the ratio of dense to each form, and the regret: how much slower than the best form the chosen
-one was.
+First the unit prices of this processor are measured and kept in src/hyperfade/nn/prices.json, with which
+`hyperfade.nn.execution` chooses. Then every form runs beside the dense layer over a grid of algebras, shapes and
+tokens. The results keep each form's speed-up over dense, and the regret: how much slower than the best form the chosen
+one was. On a processor without bfloat16 instructions the grid leaves out bfloat16 with many tokens, which nobody would
+run there.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from hyperfade.algebra import Algebra
-from hyperfade.measure import machine
+from hyperfade.measure import device, machine
+from hyperfade.measure.speed import time_alternately
 from hyperfade.nn import PHMLinear
-from hyperfade.nn.execution import Prices, candidates, execution, prices
+from hyperfade.nn.execution import Prices, candidates, execution, prices, processor
 from hyperfade.nn.forms import mixed, mixed_by_sums
 from hyperfade.workspace import write_json
 
 PRICES = Path(__file__).parents[1] / "src" / "hyperfade" / "nn" / "prices.json"
-RESULTS = Path(__file__).parent / "results" / "execution.json"
+RESULTS = Path(__file__).parent / "results"
 SHAPES = [(576, 1536), (1536, 576), (2048, 11008), (11008, 2048)]  # FFNs of SmolVLM-256M and Qwen2.5-VL-3B
 TOKENS = [1, 8, 64, 512, 2048]
 ALGEBRAS = [
@@ -42,125 +43,122 @@ ALGEBRAS = [
     Algebra.named("cyclic", n=4),
 ]
 CACHES = [2, 4, 8, 16, 32]  # MB
+SLOW_MULTIPLY_ADD = 4e-11  # seconds, 50 GFLOP/s: dearer than this, products run without instructions of the dtype
 
 
-def seconds_of(calls: dict[str, Callable[[], object]], rounds: int, least_seconds: float = 0.005) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which each has its turn."""
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, math.ceil(least_seconds / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+@torch.inference_mode()
+def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Prices:
+    """The unit prices of one dtype on one device."""
 
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=place).to(dtype)
 
-def measured_prices(dtype: torch.dtype, rounds: int) -> Prices:
-    """The unit prices of one dtype on this machine."""
-    like = {"dtype": dtype}
-    small, wide, tall = (
-        torch.randn(1, 4, 384, **like),
-        torch.randn(256, 4, 2752, **like),
-        torch.randn(512, 2048, **like),
-    )
-    mixing, weight = torch.randn(4, 4, **like), torch.randn(2752, 2048, **like)
-    streamed = [torch.randn(11008, 2048, **like) for _ in range(8)]
-    one, tiny_weight = torch.randn(1, 2048, **like), torch.randn(256, 256, **like)
-    times = seconds_of(
+    small, wide, tall = random(1, 4, 384), random(256, 4, 2752), random(512, 2048)
+    mixing, weight, tiny_weight = random(4, 4), random(2752, 2048), random(256, 256)
+    streamed, one = [random(11008, 2048) for _ in range(8)], random(1, 2048)
+    times = time_alternately(
         {
-            "tiny product": lambda: F.linear(one[:, :256], tiny_weight),
-            "product": lambda: F.linear(tall, weight),
+            "tiny product": partial(F.linear, one[:, :256], tiny_weight),
+            "product": partial(F.linear, tall, weight),
             "stream": lambda: [F.linear(one, w) for w in streamed],
-            "small mix": lambda: mixed(small, mixing),
-            "wide mix": lambda: mixed(wide, mixing),
-            "small sum": lambda: mixed_by_sums(small, mixing),
-            "wide sum": lambda: mixed_by_sums(wide, mixing),
+            "small mix": partial(mixed, small, mixing),
+            "wide mix": partial(mixed, wide, mixing),
+            "small sum": partial(mixed_by_sums, small, mixing),
+            "wide sum": partial(mixed_by_sums, wide, mixing),
         },
-        rounds,
-        0.02,
+        rounds=(rounds, rounds),
+        least_seconds=0.02,
     )
+    seconds = {name: statistics.median(own) for name, own in times.items()}
     price = Prices(
-        product_call=times["tiny product"],
-        multiply_add=times["product"] / (tall.numel() * len(weight)),
-        weight_byte=times["stream"] / sum(w.numel() * w.itemsize for w in streamed),
-        small_product_call=times["small mix"],
-        small_product_element=(times["wide mix"] - times["small mix"]) / wide.numel(),
-        sum_call=times["small sum"] / 4,
-        sum_element=(times["wide sum"] - times["small sum"]) / (4 * wide.numel()),
-        cache_bytes=0,
+        product_call=seconds["tiny product"],
+        multiply_add=seconds["product"] / (tall.numel() * len(weight)),
+        weight_byte=seconds["stream"] / sum(w.nbytes for w in streamed),
+        small_product_call=seconds["small mix"],
+        small_product_element=(seconds["wide mix"] - seconds["small mix"]) / wide.numel(),
+        sum_call=seconds["small sum"] / 4,
+        sum_element=(seconds["wide sum"] - seconds["small sum"]) / (4 * wide.numel()),
+        cache_bytes=None,
     )
-    print(f"{dtype}: {price}", flush=True)
-    cost = dict.fromkeys(CACHES, 0.0)
+    chunked = replace(price, cache_bytes=best_cache_bytes(dtype, place, rounds))
+    print(f"{dtype}: {chunked}", flush=True)
+    return chunked
+
+
+def best_cache_bytes(dtype: torch.dtype, place: torch.device, rounds: int) -> int | None:
+    """The bytes of a chunk's input and output with which 2048 tokens take least; None where one chunk is best."""
+    cost = dict.fromkeys([*CACHES, None], 0.0)
     for d, k in SHAPES[2:]:
-        layer, x = PHMLinear(d, k, Algebra.products(4), bias=False, **like), torch.randn(2048, d, **like)
-        how = candidates(layer.algebra)[0]
-        chunks = {size: max(64, size * 10**6 // ((d + k) * dtype.itemsize) // 64 * 64) for size in CACHES}
-        calls = {str(size): partial(layer.run, x, replace(how, chunk=chunk)) for size, chunk in chunks.items()}
-        for size, taken in seconds_of(calls, rounds).items():
-            cost[int(size)] += math.log(taken)
-    print(
-        f"{dtype}: time by cache size { ({size: round(math.exp(c / 2), 4) for size, c in cost.items()}) }", flush=True
-    )
-    return replace(price, cache_bytes=min(cost, key=cost.__getitem__) * 10**6)
+        layer = PHMLinear(d, k, Algebra.products(4), bias=False, dtype=dtype, device=place)
+        x, whole = torch.randn(2048, d, device=place).to(dtype), candidates(layer.algebra)[0]
+        chunks = {size: size and max(64, size * 10**6 // ((d + k) * dtype.itemsize) // 64 * 64) for size in cost}
+        calls = {str(size): partial(layer.run, x, replace(whole, chunk=chunk)) for size, chunk in chunks.items()}
+        times = time_alternately(calls, rounds=(rounds, rounds))
+        for size in cost:
+            cost[size] += math.log(statistics.median(times[str(size)]))
+    print(f"{dtype}: seconds by cache size { ({size: round(math.exp(c / 2), 4) for size, c in cost.items()}) }")
+    best = min(cost, key=cost.__getitem__)
+    return best and best * 10**6
 
 
-def cell(algebra: Algebra, d: int, k: int, tokens: int, dtype: torch.dtype, rounds: int) -> dict:
+def keep_prices(found: dict[str, Prices], place: torch.device) -> None:
+    """Write measured prices by dtype under this device's kind of processor."""
+    table = json.loads(PRICES.read_text(encoding="utf-8"))
+    own = {"source": machine(), **{dtype: asdict(price) for dtype, price in found.items()}}
+    write_json(PRICES, dict(sorted((table | {processor(place.type): own}).items())))
+    prices.cache_clear()
+
+
+@torch.inference_mode()
+def cell(algebra: Algebra, d: int, k: int, tokens: int, dtype: torch.dtype, place: torch.device, rounds: int) -> dict:
     """Every form beside the dense layer."""
-    layer, x = PHMLinear(d, k, algebra, bias=False, dtype=dtype), torch.randn(tokens, d, dtype=dtype)
-    dense = torch.nn.Linear(d, k, bias=False, dtype=dtype)
-    chosen = execution(algebra, d, k, tokens, dtype, "cpu")
+    like = {"dtype": dtype, "device": place}
+    layer, x = PHMLinear(d, k, algebra, bias=False, **like), torch.randn(tokens, d, device=place).to(dtype)
+    dense = torch.nn.Linear(d, k, bias=False, **like)
+    chosen = execution(algebra, d, k, tokens, dtype, processor(place.type))
     forms = {*candidates(algebra), chosen, *(replace(how, chunk=chosen.chunk) for how in candidates(algebra))}
-    calls: dict[str, Callable[[], object]] = {"dense": lambda: dense(x)}
     names = {how: "-".join(str(part) for part in asdict(how).values() if part) for how in forms}
+    calls = {"dense": partial(dense, x)}
     calls |= {names[how]: partial(layer.run, x, how) for how in sorted(forms, key=str)}
-    times = seconds_of(calls, rounds)
-    ratios = {name: times["dense"] / taken for name, taken in times.items() if name != "dense"}
-    return {
-        "algebra": asdict(algebra),
-        "shape": [d, k],
-        "tokens": tokens,
-        "dtype": str(dtype).removeprefix("torch."),
-        "dense_seconds": times["dense"],
+    times = time_alternately(calls, rounds=(rounds, rounds))
+    seconds = {name: statistics.median(own) for name, own in times.items()}
+    ratios = {name: seconds["dense"] / own for name, own in seconds.items() if name != "dense"}
+    facts = {"algebra": asdict(algebra), "shape": [d, k], "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
+    return facts | {
+        "dense_seconds": seconds["dense"],
         "speedups": ratios,
         "chosen": names[chosen],
         "regret": max(ratios.values()) / ratios[names[chosen]] - 1,
     }
 
 
-@torch.inference_mode()
 def main() -> None:
     """Measure, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
     parser.add_argument("--keep-prices", action="store_true", help="choose with the committed prices")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--only-prices", action="store_true", help="leave the grid out")
     args = parser.parse_args()
     torch.manual_seed(0)
+    place, dtypes = device(), (torch.bfloat16, torch.float32)
     if not args.keep_prices:
-        table = json.loads(PRICES.read_text(encoding="utf-8")) if PRICES.exists() else {"prices": {}}
-        for name in args.dtypes:
-            price = measured_prices(getattr(torch, name), args.rounds)
-            table["prices"].setdefault("cpu", {})[name] = asdict(price)
-        write_json(PRICES, {"machine": machine(), **table})
-        prices.cache_clear()
-    cells, start = [], time.perf_counter()
+        found = {str(dtype).removeprefix("torch."): measured_prices(dtype, place, args.rounds) for dtype in dtypes}
+        keep_prices(found, place)
+    if args.only_prices:
+        return
+    kind = processor(place.type)
+    most = {dtype: 64 if prices(kind, dtype).multiply_add > SLOW_MULTIPLY_ADD else max(TOKENS) for dtype in dtypes}
     todo = [
-        (algebra, d, k, tokens, getattr(torch, name))
-        for name in args.dtypes
+        (algebra, d, k, tokens, dtype)
+        for dtype in dtypes
         for d, k in SHAPES
         for tokens in TOKENS
         for algebra in ALGEBRAS
-        if name != "float32" or tokens < 2048
+        if tokens <= most[dtype]
     ]
+    cells, start = [], time.perf_counter()
     for number, one in enumerate(todo, 1):
-        cells.append(cell(*one, args.rounds))
+        cells.append(cell(*one, place, args.rounds))
         spent = time.perf_counter() - start
         last = cells[-1]
         print(
@@ -172,7 +170,9 @@ def main() -> None:
     regrets = [one["regret"] for one in cells]
     slower = [one for one in cells if one["speedups"][one["chosen"]] < 0.95]
     print(f"regret: mean {statistics.mean(regrets):.1%}, largest {max(regrets):.1%}; slower than dense: {len(slower)}")
-    write_json(RESULTS, {"machine": machine(), "rounds": args.rounds, "cells": cells})
+    path = RESULTS / f"execution_{kind.replace(' ', '_').lower()}.json"
+    write_json(path, {"machine": machine(), "rounds": args.rounds, "cells": cells})
+    print(path)
 
 
 if __name__ == "__main__":

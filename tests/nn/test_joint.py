@@ -126,12 +126,14 @@ def test_a_cast_keeps_them_together(count: _Count) -> None:
     assert count.products == 1
 
 
-def test_a_copy_is_independent() -> None:
+def test_a_copy_is_joined_and_independent(count: _Count) -> None:
     pair = torch.nn.ModuleList(_pair())
     JointReading(*pair)
     x = torch.randn(1, 32)
     before = _calls(list(pair), x)
     twin = copy.deepcopy(pair)
+    assert all(torch.equal(a, b) for a, b in zip(_calls(list(twin), x), before, strict=True))
+    assert count.products == 2
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kron_oracle import TOLERANCE, kron_weight, random_layer
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, fit
@@ -26,44 +27,10 @@ ALGEBRAS = [
 ]
 FORMS = [Algebra.named("quaternion"), Algebra.learned(4, 3), Algebra.products(4)]
 WIDTHS = [(8, 16), (16, 8), (8, 8)]
-TOLERANCE = {  # relative to the largest sum of absolute products; seen 4e-16, 1.1e-7, 8e-4, 6e-3
-    torch.float64: 1e-14,
-    torch.float32: 1e-6,
-    torch.float16: 5e-3,
-    torch.bfloat16: 4e-2,
-}
 
 
 def _name(algebra: Algebra) -> str:
     return f"{algebra.name}-{algebra.n}-{algebra.size}"
-
-
-def _layer(d: int, k: int, algebra: Algebra, **options) -> PHMLinear:
-    """A layer with every number random, as after training."""
-    layer = PHMLinear(d, k, algebra, **options)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-    return layer
-
-
-def _dense(layer: PHMLinear) -> Tensor:
-    """W (k, d) in float64, straight from the parameters by `torch.kron`."""
-    n, t = layer.algebra.n, layer.algebra.size
-    k_block, d_block = layer.out_features // n, layer.in_features // n
-    if layer.algebra.form == "products":
-        parts = [torch.kron(torch.outer(layer.P[r], layer.Q[r]).double(), layer.T[r].double()) for r in range(t)]
-    else:
-        core = layer.core.weight.double()
-        if layer.in_features <= layer.out_features:
-            s = [core[:, i * d_block : (i + 1) * d_block] for i in range(t)]
-        else:
-            s = [core[i * k_block : (i + 1) * k_block] for i in range(t)]
-        parts = [torch.kron(layer.A[i].double(), s[i]) for i in range(t)]
-    weight = torch.stack(parts).sum(0)
-    if layer.companion is not None:
-        weight = weight + layer.companion.expand.weight.double() @ layer.companion.reduce.weight.double()
-    return weight.detach()
 
 
 @given(
@@ -79,28 +46,28 @@ def test_output_is_the_product_with_a_kron_built_weight(
     algebra: Algebra, d_block: int, k_block: int, batch: list[int], bias: bool, rank: int, dtype: torch.dtype
 ) -> None:
     d, k = algebra.n * d_block, algebra.n * k_block
-    layer = _layer(d, k, algebra, bias=bias, companion_rank=rank, dtype=dtype)
+    layer = random_layer(d, k, algebra, bias=bias, companion_rank=rank, dtype=dtype)
     x = torch.randn(*batch, d).to(dtype)
     y = layer(x)
-    expected = x.double() @ _dense(layer).T
+    expected = x.double() @ kron_weight(layer).T
     if bias:
         expected = expected + layer.bias.double()
     assert y.dtype == dtype
     assert y.shape == (*batch, k)
-    scale = (x.double().abs() @ _dense(layer).abs().T + 1).max().item() if x.numel() else 1
+    scale = (x.double().abs() @ kron_weight(layer).abs().T + 1).max().item() if x.numel() else 1
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
 @given(st.sampled_from(ALGEBRAS), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 2]))
 def test_weight_is_kron_built(algebra: Algebra, d_block: int, k_block: int, rank: int) -> None:
-    layer = _layer(algebra.n * d_block, algebra.n * k_block, algebra, companion_rank=rank, dtype=torch.float64)
-    torch.testing.assert_close(layer.weight, _dense(layer), rtol=1e-12, atol=1e-12)  # seen 2e-15
+    layer = random_layer(algebra.n * d_block, algebra.n * k_block, algebra, companion_rank=rank, dtype=torch.float64)
+    torch.testing.assert_close(layer.weight, kron_weight(layer), rtol=1e-12, atol=1e-12)  # seen 2e-15
 
 
 @pytest.mark.parametrize("algebra", FORMS, ids=_name)
 @pytest.mark.parametrize(("d", "k"), WIDTHS)
 def test_strided_inputs_give_the_same(algebra: Algebra, d: int, k: int) -> None:
-    layer, x = _layer(d, k, algebra), torch.randn(d, 5).T
+    layer, x = random_layer(d, k, algebra), torch.randn(d, 5).T
     for strided in (x, torch.randn(5, 2, d)[:, 1], torch.randn(1, d).expand(5, d), torch.randn(5, 2 * d)[:, ::2]):
         torch.testing.assert_close(layer(strided), layer(strided.contiguous()), rtol=1e-5, atol=1e-5)  # seen 0
 
@@ -109,7 +76,7 @@ def test_strided_inputs_give_the_same(algebra: Algebra, d: int, k: int) -> None:
 @pytest.mark.parametrize(("d", "k"), WIDTHS)
 def test_wrong_widths_fail(algebra: Algebra, d: int, k: int) -> None:
     with pytest.raises(RuntimeError):
-        _layer(d, k, algebra)(torch.randn(3, 2 * d))
+        random_layer(d, k, algebra)(torch.randn(3, 2 * d))
     with pytest.raises(AlgebraError, match="n=4"):
         PHMLinear(d + 1, k, algebra)
 
@@ -131,7 +98,7 @@ def test_autocast_gives_half_precision_as_linear_does(algebra: Algebra, d: int, 
 @pytest.mark.parametrize(("d", "k"), WIDTHS[:2])
 def test_compiles_without_graph_breaks(algebra: Algebra, d: int, k: int) -> None:
     torch._dynamo.reset()
-    layer = _layer(d, k, algebra, companion_rank=2)
+    layer = random_layer(d, k, algebra, companion_rank=2)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for x in (torch.randn(3, d), torch.randn(7, d), torch.randn(2, 5, d)):
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-4)  # seen 0
@@ -141,7 +108,7 @@ def test_compiles_without_graph_breaks(algebra: Algebra, d: int, k: int) -> None
 @pytest.mark.parametrize("algebra", FORMS, ids=_name)
 @pytest.mark.parametrize(("d", "k"), [(4, 8), (8, 4)])
 def test_gradients_are_right(algebra: Algebra, d: int, k: int) -> None:
-    layer = _layer(d, k, algebra, companion_rank=1, dtype=torch.float64)
+    layer = random_layer(d, k, algebra, companion_rank=1, dtype=torch.float64)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     mixing = {"terms": {"A", "core.weight"} if algebra.trainable else {"core.weight"}, "products": {"P", "Q", "T"}}
     assert set(names) == mixing[algebra.form] | {"bias", "companion.reduce.weight", "companion.expand.weight"}
@@ -183,7 +150,7 @@ def test_from_linear_holds_what_the_fit_found(algebra: Algebra, d: int, k: int, 
     expected = fit(linear.weight, algebra, sweeps=1, companion_rank=2).dense()
     assert layer.weight.dtype == dtype
     assert {p.dtype for p in layer.parameters()} == {dtype}
-    error = (_dense(layer) - expected).norm() / expected.norm()
+    error = (kron_weight(layer) - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]  # seen 9e-8, 5e-3, 5e-4
 
 
@@ -191,7 +158,7 @@ def test_from_linear_holds_what_the_fit_found(algebra: Algebra, d: int, k: int, 
 @pytest.mark.parametrize("algebra", ALGEBRAS, ids=_name)
 def test_state_dict_round_trip(algebra: Algebra, rank: int) -> None:
     d, k, x = 2 * algebra.n, 3 * algebra.n, torch.randn(3, 2 * algebra.n)
-    one, two = (_layer(d, k, algebra, companion_rank=rank) for _ in range(2))
+    one, two = (random_layer(d, k, algebra, companion_rank=rank) for _ in range(2))
     assert not torch.equal(one(x), two(x))
     state = one.state_dict()
     assert ("A" in state) == (algebra.form == "terms")  # fixed algebras travel with the weights
@@ -207,7 +174,7 @@ def test_builds_on_the_meta_device(algebra: Algebra) -> None:
     for layer in (inside, PHMLinear(d, k, algebra, companion_rank=2, device="meta")):
         assert all(tensor.is_meta for tensor in layer.state_dict().values())
         assert layer(torch.randn(3, d, device="meta")).shape == (3, k)
-    source, x = _layer(d, k, algebra, companion_rank=2), torch.randn(3, d)
+    source, x = random_layer(d, k, algebra, companion_rank=2), torch.randn(3, d)
     inside.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(inside(x), source(x))
 
@@ -233,7 +200,7 @@ def test_the_core_is_exactly_a_linear(algebra: Algebra) -> None:
 def test_components_carry_gradients_and_follow_the_layout() -> None:
     for d, k in WIDTHS:
         for algebra in FORMS:
-            layer = _layer(d, k, algebra)
+            layer = random_layer(d, k, algebra)
             assert layer.components.shape == (algebra.size, k // 4, d // 4)
             layer.weight.square().sum().backward()
             assert all(p.grad.any() for name, p in layer.named_parameters() if name != "bias")
@@ -241,7 +208,7 @@ def test_components_carry_gradients_and_follow_the_layout() -> None:
 
 @pytest.mark.parametrize("algebra", FORMS, ids=_name)
 def test_a_deep_copy_is_independent(algebra: Algebra) -> None:
-    layer, x = _layer(8, 16, algebra, companion_rank=2), torch.randn(3, 8)
+    layer, x = random_layer(8, 16, algebra, companion_rank=2), torch.randn(3, 8)
     layer(x)
     twin, before = copy.deepcopy(layer), layer(x)
     assert torch.equal(twin(x), before)

@@ -1,8 +1,8 @@
 """Which exact form a layer runs in, chosen by cost: a pure function of algebra, widths, tokens, dtype and device.
 
 The cost of a form is what it moves and multiplies, in the few unit prices of `Prices`. They come from `prices.json`,
-which `benchmarks/execution.py` measures; the same script times every form over a grid of shapes and keeps how much
-slower than the best form the choice was.
+which `benchmarks/execution.py` measures on each kind of processor; the same script times every form over a grid of
+shapes and keeps how much slower than the best form the choice was.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from hyperfade.algebra import Algebra
 from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
 
+_COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
@@ -30,7 +31,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Prices:
-    """Unit prices in seconds of one dtype on one kind of device, and the cache that temporaries should stay in."""
+    """Unit prices in seconds of one dtype on one kind of processor, and the cache that temporaries should stay in."""
 
     product_call: float  # fixed price of a matrix product
     multiply_add: float
@@ -39,7 +40,7 @@ class Prices:
     small_product_element: float  # written
     sum_call: float  # fixed price of an elementwise operation
     sum_element: float  # written
-    cache_bytes: int
+    cache_bytes: int | None  # None: chunks gain nothing
 
     def products(self, calls: int, multiply_adds: int, weight_bytes: int) -> float:
         """Large matrix products wait for arithmetic or for their weights, whichever takes longer."""
@@ -55,23 +56,31 @@ class Prices:
 
 
 @lru_cache
-def prices(device_type: str, dtype: torch.dtype) -> Prices:
-    """The measured prices; a device or dtype that was not measured takes those of the nearest one that was."""
-    table = json.loads((files("hyperfade.nn") / "prices.json").read_text(encoding="utf-8"))["prices"]
-    device = table.get(device_type) or table["cuda" if device_type != "meta" else "cpu"]
-    half = dtype in (torch.bfloat16, torch.float16)
-    return Prices(**device["bfloat16" if half else "float32"])
+def processor(device_type: str) -> str:
+    """The kind of processor that prices are kept for: what it can do matters, not who made it."""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device_type in ("cpu", "meta") else device_type
+
+
+@lru_cache
+def prices(kind: str, dtype: torch.dtype) -> Prices:
+    """The prices of a processor kind; one that was not measured, in this dtype, has those of the nearest that was."""
+    table = json.loads((files("hyperfade.nn") / "prices.json").read_text(encoding="utf-8"))
+    nearest = _COMMON_CPU if kind.startswith("cpu") else _COMMON_ACCELERATOR
+    name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
+    return Prices(**(table.get(kind, {}).get(name) or table[nearest][name]))
 
 
 @lru_cache(maxsize=4096)
 def execution(
-    algebra: Algebra, in_features: int, out_features: int, tokens: int, dtype: torch.dtype, device_type: str
+    algebra: Algebra, in_features: int, out_features: int, tokens: int, dtype: torch.dtype, kind: str
 ) -> Execution:
-    """The cheapest form for `tokens` rows of (in_features → out_features). The same arguments give the same answer."""
-    price = prices(device_type, dtype)
+    """The cheapest form for `tokens` rows of (in_features → out_features) on a `processor` kind: a pure function."""
+    price = prices(kind, dtype)
     options = candidates(algebra)
     costs = {option: seconds(option, algebra, in_features, out_features, tokens, dtype, price) for option in options}
     best = min(options, key=costs.__getitem__)
+    if price.cache_bytes is None:
+        return best
     chunk = max(_FEWEST_TOKENS, price.cache_bytes // ((in_features + out_features) * dtype.itemsize) // 64 * 64)
     return best if tokens < 1.5 * chunk else replace(best, chunk=chunk)
 

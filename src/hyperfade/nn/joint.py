@@ -32,6 +32,7 @@ class JointReading:
     @torch.no_grad()
     def pack_(self) -> None:
         """Put the two layers' factors side by side, where both are on one device in one dtype."""
+        self._packed = True
         for name in _FACTORS:
             a, b = getattr(self.first, name), getattr(self.second, name)
             alike = (a.device, a.dtype) == (b.device, b.dtype)
@@ -50,6 +51,8 @@ class JointReading:
         if kept is not None:  # the second does not read what the first does, so this only wastes work
             self.first.joint = self.second.joint = None
             return None
+        if not self._packed:
+            self.pack_()
         p, q, t = (self._together(name) for name in _FACTORS)
         if p is None or q is None or t is None:
             return None
@@ -67,7 +70,8 @@ class JointReading:
         return torch.as_strided(a, (2 * len(a), *a.shape[1:]), a.stride())
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_kept": None}  # an output is of no use in a copy
+        # a copy has no use for an output, and its factors are copied one by one
+        return {**self.__dict__, "_kept": None, "_packed": False}
 
 
 def _outputs(x: Tensor, p: Tensor, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
-from hyperfade.nn.execution import Execution, execution
+from hyperfade.nn.execution import Execution, execution, processor
 from hyperfade.nn.forms import batched, fixed_factors, fixed_rows, mix_in, mix_out, separate
 from hyperfade.nn.low_rank import LowRankLinear
 
@@ -186,9 +186,9 @@ class PHMLinear(nn.Module):
         if torch.compiler.is_compiling():  # sums fuse with their neighbours, so what remains is arithmetic
             by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
             return Execution("products" if by_products else "core", "sums")
-        like = tokens.dtype, tokens.device.type
+        like = tokens.dtype, processor(tokens.device.type)
         how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
-        return replace(how, chunk=None) if torch.is_grad_enabled() else how
+        return replace(how, chunk=None) if how.chunk is not None and torch.is_grad_enabled() else how
 
     def run(self, tokens: Tensor, how: Execution) -> Tensor:
         """tokens (M, in_features) → (M, out_features) in the form that `how` says; no companion, no bias.

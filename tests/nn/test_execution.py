@@ -1,0 +1,143 @@
+"""Every exact form gives the same product, and the choice between them is a pure function that follows the costs."""
+
+import json
+import statistics
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from kron_oracle import TOLERANCE, kron_weight, random_layer
+
+from hyperfade.algebra import Algebra
+from hyperfade.nn import PHMLinear
+from hyperfade.nn.execution import Execution, Prices, candidates, execution, prices, processor, seconds
+
+ALGEBRAS = [
+    Algebra.named("complex"),
+    Algebra.named("split_complex"),
+    Algebra.named("paper", terms=3),
+    Algebra.named("quaternion"),
+    Algebra.named("z2", n=4),
+    Algebra.named("z2", n=8),
+    Algebra.named("cyclic", n=3),
+    Algebra.named("cyclic", n=4),
+    Algebra.learned(4, 3),
+    Algebra.products(2),
+    Algebra.products(3, 5),
+    Algebra.products(8),
+]
+TABLE = json.loads((files("hyperfade.nn") / "prices.json").read_text(encoding="utf-8"))
+GRID = Path(__file__).parents[2] / "benchmarks" / "results" / "execution_cpu_avx2.json"
+PRODUCTS = Algebra.products(4)
+
+
+def _name(algebra: Algebra) -> str:
+    return f"{algebra.name}-{algebra.n}-{algebra.size}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("widths", [(2, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=_name)
+def test_every_form_is_the_product_with_a_kron_built_weight(
+    algebra: Algebra, widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    d, k = (algebra.n * width for width in widths)
+    layer = random_layer(d, k, algebra, bias=False, dtype=dtype)
+    weight = kron_weight(layer)
+    for tokens in (1, 2, 7):
+        x = torch.randn(tokens, d).to(dtype)
+        scale = (x.double().abs() @ weight.abs().T + 1).max().item()
+        for how in candidates(algebra):
+            for chunk in (None, 3):
+                y = layer.run(x, replace(how, chunk=chunk))
+                torch.testing.assert_close(
+                    y.double(), x.double() @ weight.T, rtol=0, atol=TOLERANCE[dtype] * scale, msg=str(how)
+                )  # seen, of scale: float64 3.9e-16, float32 1.3e-7, float16 1.3e-3, bfloat16 8.2e-3
+
+
+@torch.no_grad()
+def test_chunks_change_nothing() -> None:
+    layer, x = random_layer(16, 24, PRODUCTS, bias=False), torch.randn(10, 16)
+    for how in candidates(PRODUCTS):
+        for chunk in (1, 4, 10, 99):
+            # seen 4e-6 at outputs up to 45: a lone token takes another way through the matrix library
+            torch.testing.assert_close(layer.run(x, replace(how, chunk=chunk)), layer.run(x, how), rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_is_what_costs_least() -> None:
+    for algebra in ALGEBRAS:
+        d, k = 24 * algebra.n, 48 * algebra.n
+        for tokens in (1, 64, 4096):
+            for kind in TABLE:
+                price = prices(kind, torch.float32)
+                chosen = execution(algebra, d, k, tokens, torch.float32, kind)
+                cost = {how: seconds(how, algebra, d, k, tokens, torch.float32, price) for how in candidates(algebra)}
+                assert cost[replace(chosen, chunk=None)] == min(cost.values())
+
+
+def test_the_same_arguments_give_the_same_choice() -> None:
+    arguments = (PRODUCTS, 2048, 11008, 512, torch.bfloat16, "cpu AVX2")
+    first = execution(*arguments)
+    with torch.inference_mode(), torch.device("meta"):
+        execution.cache_clear()
+        prices.cache_clear()
+        assert execution(*arguments) == first
+
+
+def test_arithmetic_decides_with_many_tokens_and_calls_with_few() -> None:
+    arithmetic = Prices(1e-5, 1e-11, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
+    complex_ = Algebra.named("complex")
+
+    def choice(tokens: int) -> Execution:
+        options = candidates(complex_)
+        cost = {how: seconds(how, complex_, 2048, 11008, tokens, torch.float32, arithmetic) for how in options}
+        return min(cost, key=cost.__getitem__)
+
+    assert choice(1).form == "core"  # one call, and the same bytes
+    assert choice(2048) == Execution("products", "sums")  # Gauss: three products for four
+
+
+@pytest.mark.parametrize("kind", ["cpu NEON", "cpu DEFAULT", "mps", "xpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_processors_and_dtypes_that_were_not_measured_have_a_choice(kind: str, dtype: torch.dtype) -> None:
+    assert execution(PRODUCTS, 2048, 11008, 512, dtype, kind).form == "products"
+
+
+def test_this_processor_has_a_name() -> None:
+    assert processor("cpu") == f"cpu {torch.backends.cpu.get_cpu_capability()}" == processor("meta")
+    assert processor("cuda") == "cuda"
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_prices_are_positive_and_say_where_they_come_from(kind: str) -> None:
+    assert TABLE[kind]["source"]
+    for dtype in TABLE[kind].keys() - {"source"}:
+        for name, price in TABLE[kind][dtype].items():
+            assert (name == "cache_bytes" and price is None) or price > 0
+
+
+def test_training_is_never_chunked_and_many_tokens_without_gradients_are() -> None:
+    layer = PHMLinear(64, 64, PRODUCTS, bias=False)
+    tokens = torch.randn(200_000, 64)
+    assert layer._execution(tokens).chunk is None
+    with torch.no_grad():
+        assert execution(PRODUCTS, 64, 64, len(tokens), torch.float32, "cpu AVX2").chunk is not None
+
+
+def test_choices_by_price_are_close_to_the_best_measured_form() -> None:
+    """On the grid that the prices' machine measured, and with the prices as they are now."""
+    regrets = []
+    for cell in json.loads(GRID.read_text(encoding="utf-8"))["cells"]:
+        fields = cell["algebra"]
+        dtype = getattr(torch, cell["dtype"])
+        chosen = execution(Algebra(**fields), *cell["shape"], cell["tokens"], dtype, "cpu AVX2")
+        measured = cell["speedups"]
+        name = "-".join(str(part) for part in (chosen.form, chosen.mixing, chosen.chunk) if part)
+        regrets.append(max(measured.values()) / measured[name] - 1)
+    assert len(regrets) > 200
+    assert statistics.mean(regrets) < 0.08  # seen MEAN
+    assert statistics.quantiles(regrets, n=20)[-1] < 0.4  # seen Q95
