@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark benchmark-speed benchmark-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/hyperfade demo --output runs/demo
@@ -18,11 +18,24 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-benchmark: $(INSTALLED)
+benchmark: $(INSTALLED) benchmark-speed
+	$(BIN)/python benchmarks/fit_speed.py
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/fit_memory.py
 	$(BIN)/python benchmarks/fade.py
 	$(BIN)/python benchmarks/calibration.py
+
+# docs/speed.md on this processor; each step stops after its --minutes, and goes on with what is missing when repeated
+benchmark-speed: $(INSTALLED)
+	$(BIN)/python benchmarks/execution.py
+	$(BIN)/python benchmarks/ffn_speed.py
+	$(BIN)/python benchmarks/model_speed.py
+	$(BIN)/python benchmarks/speed_report.py
+
+# the same on a GPU, under 10 minutes; the page shows both
+benchmark-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_speed.py
+	$(BIN)/python benchmarks/speed_report.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

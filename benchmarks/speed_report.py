@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu_parts import GAP_WORTH_A_KERNEL, GRAPH_TOKENS
+from gpu_report import failures, ffn_cells, gap_rows, model_rows
 from shapes import LOW_RANK, RIVAL, VARIANTS
 from speed_plot import plot
 from whole_models import SHARED_PERIOD
@@ -44,6 +46,12 @@ machine can do at that number of tokens.
 that exceed the last cache four times. Timing one layer over and over (`hot`) tells another story; it stands beside.
 """
 
+GAP_TEXT = (
+    "How much longer each layer takes than moving its bytes (weights, input, output) at the best reading rate, in the "
+    "best way PyTorch has and where bytes are the limit. "
+    f"Above {GAP_WORTH_A_KERNEL:.0%}, in bold, a kernel of our own could help."
+)
+
 
 def page(ffns: dict[str, Any], models: dict[str, Any], gpu: dict[str, Any] | None) -> str:
     """The whole page."""
@@ -52,14 +60,14 @@ def page(ffns: dict[str, Any], models: dict[str, Any], gpu: dict[str, Any] | Non
         parts.append(_ceilings(ffns["ceilings"]))
     parts += ["## Whole models", *_models(models), "## Feed-forward networks alone", *_ffns(ffns)]
     if gpu:
-        parts += ["## On a GPU", _machine("Accelerator", gpu["machine"]), *_ffns(gpu, prefix="CUDA graphs, ")]
+        parts += ["## On a GPU", _machine("Accelerator", gpu["machine"]), _ceilings(gpu["ceilings"]), *_gpu(gpu)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def _machine(title: str, facts: dict[str, Any]) -> str:
-    place = facts["processor"] if title == "Processor" else facts["accelerator"]
+    place = f"{facts['processor']}, {facts['threads']} threads" if title == "Processor" else facts["accelerator"]
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
-    return f"{title}: {place}, {facts['threads']} threads; {versions}; {facts['date']}."
+    return f"{title}: {place}; {versions}; {facts['date']}."
 
 
 def _ceilings(roofs: dict[str, Any]) -> str:
@@ -273,6 +281,32 @@ def _losses(ffns: list[dict[str, Any]]) -> str:
     head = ["FFNs", "cells", "slower than low-rank", "of the size", "slower than dense"]
     text = "How often, by more than the spread (the upper quartile is below 1), whole FFNs with cold weights:\n\n"
     return text + _table(head, counted)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def _gpu(results: dict[str, Any]) -> list[str]:
+    parts = [
+        "A CUDA graph is one launch of all a call's kernels. Where few tokens are at work, an eager call waits for the "
+        "processor that launches them one by one, and its speed-ups say little about the layers.",
+    ]
+    for name, (head, rows) in model_rows(results, _ratio).items():
+        parts += [f"### {name} on the GPU", _table(head, rows)]
+    parts += _ffns(ffn_cells(results), prefix="On the GPU, ")
+    for way, title in (("eager", "Eager calls"), ("compiled", "`torch.compile`, max-autotune, as graphs")):
+        found = [cell for cell in ffn_cells(results, way)["cells"].values() if cell["tokens"] in GRAPH_TOKENS]
+        if found:
+            parts.append(f"### {title}, few tokens")
+        for group_title, group in _grouped(found):
+            for dtype in dict.fromkeys(cell["dtype"] for cell in group):
+                same = [cell for cell in group if cell["dtype"] == dtype]
+                names = [*VARIANTS, *LOW_RANK]
+                parts.append(f"{group_title}, {dtype}:\n\n{_tokens_table(same, 'speedup', names, spread=False)}")
+    parts += ["### Gap to the bandwidth limit", GAP_TEXT, _table(*gap_rows(results))]
+    if failed := failures(results):
+        parts += ["### Without a number", "\n".join(f"- {line}" for line in failed)]
+    return parts
 
 
 # --- plain pieces ----------------------------------------------------------------------------------------------------

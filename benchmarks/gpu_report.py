@@ -1,0 +1,75 @@
+"""What the speed page shows of a GPU's results: which cells, and the rows of its tables."""
+
+from typing import Any
+
+from gpu_parts import GAP_WORTH_A_KERNEL, GRAPH_TOKENS
+
+PHASES = {
+    "first_token": "first token",
+    "per_token": "per token",
+    "per_token_graph": "per token, graph",
+    "per_token_batch_8": "per token, batch 8",
+    "per_token_batch_8_graph": "per token, batch 8, graph",
+}
+
+
+def ffn_cells(results: dict[str, Any], *ways: str) -> dict[str, Any]:
+    """The results with the cells of some ways alone, without those that failed. By default those to compare by: graphs
+    up to the tokens that have them, eager calls beyond."""
+    chosen = {}
+    for key, cell in results["cells"].items():
+        usual = "graph" if cell.get("tokens") in GRAPH_TOKENS else "eager"
+        if "error" not in cell and cell["way"] in (ways or (usual,)):
+            chosen[key] = cell
+    return {**results, "cells": chosen}
+
+
+def model_rows(results: dict[str, Any], number: Any) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """For each model the head and rows of a table: dense in milliseconds, then every variant's speed-ups as `number`
+    writes them; memory as what an answer takes at most. What failed shows as a dash."""
+    tables: dict[str, tuple[list[str], list[list[str]]]] = {}
+    head = ["FFNs", "weights, GB", "peak memory, GB", *PHASES.values()]
+    for cell in results["models"].values():
+        if "error" in cell:
+            continue
+        rows = tables.setdefault(cell["model"], (head, []))[1]
+        for label, own in cell["models"].items():
+            if label == "dense" and rows:
+                continue  # it stands beside every variant; the first time is shown
+            sizes = [f"{own[what] / 1e9:.2f}" if what in own else "–" for what in ("weight_bytes", "peak_bytes")]
+            times = [_time(own[phase], None if label == "dense" else number) for phase in PHASES]
+            rows.append([label, *sizes, *times])
+    return tables
+
+
+def _time(phase: dict[str, Any], number: Any) -> str:
+    if "error" in phase:
+        return "–"
+    return number(phase["speedup"]) if number else f"{1e3 * phase['seconds']:.3g} ms"
+
+
+def gap_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """One row per FFN, dtype and tokens, one column per layer: the gap to the bandwidth limit and the way that reached
+    it, in bold where it is large enough for a kernel of our own."""
+    names = list(dict.fromkeys(name for layers in results["gap_to_bandwidth"].values() for name in layers))
+    rows = []
+    for key, layers in results["gap_to_bandwidth"].items():
+        region, shape, dtype, tokens = key.split("|")
+        texts = [f"{layers[name]['gap']:.0%} {layers[name]['way']}" if name in layers else "–" for name in names]
+        bold = [name in layers and layers[name]["gap"] > GAP_WORTH_A_KERNEL for name in names]
+        rows.append([region, shape, dtype, tokens, *(f"**{t}**" if b else t for t, b in zip(texts, bold, strict=True))])
+    return ["FFN", "widths", "dtype", "tokens", *names], rows
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """A line for everything that has no number, with the reason."""
+    lines = []
+    for group in ("cells", "models"):
+        for key, cell in results[group].items():
+            if "error" in cell:
+                lines.append(f"{key}: {cell['error']}")
+            elif group == "models":
+                for label, own in cell["models"].items():
+                    failed = {phase: own[phase]["error"] for phase in PHASES if "error" in own[phase]}
+                    lines += [f"{key}, {label}, {PHASES[phase]}: {error}" for phase, error in failed.items()]
+    return [" ".join(line.split()) for line in lines]
