@@ -4,6 +4,7 @@ for one, which no CUDA graph could hold.
 Pretended CUDA tensors would do as well, but a torch built without CUDA cannot index them.
 """
 
+import copy
 import sys
 import time
 from argparse import ArgumentParser
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hyperfade.algebra import Algebra
 from hyperfade.measure import time_alternately
+from hyperfade.measure.layers import lone_ffn
 from hyperfade.nn import PHMLinear
 from hyperfade.nn.execution import candidates
 from hyperfade.workspace import read_json, write_json
@@ -132,6 +135,17 @@ def test_static_decoding_gives_the_tokens_of_a_growing_cache(batch: int) -> None
         assert len({int(one) for one in expected}) > 2
         for mine, theirs in zip([*by_static, again()], [*expected, expected[-1]], strict=True):
             assert torch.equal(mine, theirs.expand(batch, 1))
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_layers_copies_share_their_compiled_code() -> None:
+    """More copies than `torch.compile` recompiles for: were each compiled apart, the call would raise."""
+    (cell, *_) = gpu_parts.ffn_cells("float32", ("compiled",), tiny=True)
+    swaps = cell.shape.choices["products n=4"]
+    layer = lone_ffn(cell.shape.model, cell.shape.ffn, swaps, torch.float32, torch.device("cpu"))
+    counters.clear()
+    gpu_ways.time_loops({"dense": [layer, *(copy.deepcopy(layer) for _ in range(11))]}, 256, 1, "compiled", (1, 1))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def _cell(way: str, tokens: int, seconds: float, flops: int = 100) -> dict[str, Any]:
