@@ -116,7 +116,7 @@ def cell(algebra: Algebra, d: int, k: int, tokens: int, dtype: torch.dtype, plac
     layer, x = PHMLinear(d, k, algebra, bias=False, **like), torch.randn(tokens, d, device=place).to(dtype)
     dense = torch.nn.Linear(d, k, bias=False, **like)
     chosen = execution(algebra, d, k, tokens, dtype, processor(place.type))
-    forms = {*candidates(algebra), chosen, *(replace(how, chunk=chosen.chunk) for how in candidates(algebra))}
+    forms = {replace(how, chunk=chunk) for how in candidates(algebra) for chunk in (None, chosen.chunk)}
     names = {how: "-".join(str(part) for part in asdict(how).values() if part) for how in forms}
     calls = {"dense": partial(dense, x)}
     calls |= {names[how]: partial(layer.run, x, how) for how in sorted(forms, key=str)}

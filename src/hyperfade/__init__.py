@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hyperfade.nn import BlendLinear as BlendLinear
     from hyperfade.nn import LowRankLinear as LowRankLinear
     from hyperfade.nn import PHMLinear as PHMLinear
+    from hyperfade.nn import keep_derived_ as keep_derived_
     from hyperfade.pipeline import compress as compress
     from hyperfade.recipe import Recipe as Recipe
     from hyperfade.surgery import plan as plan
@@ -32,6 +33,7 @@ _HOMES = {
     "compress": "pipeline",
     "evaluate": "measure",
     "fold_": "hub",
+    "keep_derived_": "nn",
     "plan": "surgery",
     "set_alpha_": "surgery",
     "swap_": "surgery",

@@ -11,8 +11,9 @@ import torch
 from kron_oracle import TOLERANCE, kron_weight, random_layer
 
 from hyperfade.algebra import Algebra
-from hyperfade.nn import PHMLinear
+from hyperfade.nn import PHMLinear, keep_derived_, phm
 from hyperfade.nn.execution import Execution, Prices, candidates, execution, prices, processor, seconds
+from hyperfade.nn.forms import combined
 
 ALGEBRAS = [
     Algebra.named("complex"),
@@ -126,6 +127,25 @@ def test_training_is_never_chunked_and_many_tokens_without_gradients_are() -> No
     assert layer._execution(tokens).chunk is None
     with torch.no_grad():
         assert execution(PRODUCTS, 64, 64, len(tokens), torch.float32, "cpu AVX2").chunk is not None
+
+
+def test_kept_weights_are_made_once_and_follow_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    layer = random_layer(16, 24, Algebra.named("complex"), bias=False)
+    x, how = torch.randn(5, 16), Execution("products", "sums")
+    monkeypatch.setattr(phm, "combined", lambda *arguments: made.append(1) or combined(*arguments))
+    with torch.inference_mode():
+        plain = [layer.run(x, how) for _ in range(2)]
+        assert len(made) == 2
+        keep_derived_(layer)
+        kept = [layer.run(x, how) for _ in range(3)]
+        assert len(made) == 3
+        assert all(torch.equal(y, plain[0]) for y in kept)
+    with torch.no_grad():
+        layer.core.weight.mul_(2)
+        torch.testing.assert_close(layer.run(x, how), 2 * plain[0])
+        layer.to(torch.float64)
+        assert layer.run(x.double(), how).dtype == torch.float64
 
 
 def test_choices_by_price_are_close_to_the_best_measured_form() -> None:

@@ -79,7 +79,7 @@ def execution(
     options = candidates(algebra)
     costs = {option: seconds(option, algebra, in_features, out_features, tokens, dtype, price) for option in options}
     best = min(options, key=costs.__getitem__)
-    if price.cache_bytes is None:
+    if price.cache_bytes is None or algebra.form == "terms":  # a core's large temporaries are its output already
         return best
     chunk = max(_FEWEST_TOKENS, price.cache_bytes // ((in_features + out_features) * dtype.itemsize) // 64 * 64)
     return best if tokens < 1.5 * chunk else replace(best, chunk=chunk)

@@ -80,9 +80,9 @@ def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tenso
     return mix(z.transpose(0, 1), p.T).flatten(1)
 
 
-def separate(x: Tensor, factors: FixedFactors, components: Tensor) -> Tensor:
-    """x (M, n, d/n), S (t, k/n, d/n): y (M, k)."""
-    products = zip(combined(x.unbind(1), factors.q), combined(components.unbind(0), factors.u), strict=True)
+def separate(x: Tensor, factors: FixedFactors, weights: Sequence[Tensor]) -> Tensor:
+    """x (M, n, d/n), R weights T_r (k/n, d/n): y (M, k)."""
+    products = zip(combined(x.unbind(1), factors.q), weights, strict=True)
     return torch.cat(combined([F.linear(u, t) for u, t in products], factors.p), 1)
 
 

@@ -18,7 +18,7 @@ The core is exactly an `nn.Linear`, because quantizers, adapters and exporters k
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
 from hyperfade.nn.execution import Execution, execution, processor
-from hyperfade.nn.forms import batched, fixed_factors, fixed_rows, mix_in, mix_out, separate
+from hyperfade.nn.forms import FixedFactors, batched, combined, fixed_factors, fixed_rows, mix_in, mix_out, separate
 from hyperfade.nn.low_rank import LowRankLinear
 
 _COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
@@ -38,6 +38,14 @@ class Joint(Protocol):
     def pack_(self) -> None: ...
 
     def output(self, layer: "PHMLinear", x: Tensor) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Weights of separate products that were made from a core, and which state of the core that was."""
+
+    made_of: tuple[object, ...] = ()
+    weights: list[Tensor] = field(default_factory=list)
 
 
 class PHMLinear(nn.Module):
@@ -67,6 +75,7 @@ class PHMLinear(nn.Module):
         self.in_features, self.out_features, self.algebra = in_features, out_features, algebra
         self.mixes_in = in_features <= out_features
         self.joint: Joint | None = None
+        self.derived: Derived | None = None
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
@@ -206,11 +215,21 @@ class PHMLinear(nn.Module):
         if self.algebra.form == "products":
             return batched(x, self.P, self.Q, self.T, how.mixing)
         if how.form == "products" and self.fixed_factors is not None:
-            return separate(x, self.fixed_factors, self.components)
+            return separate(x, self.fixed_factors, self._product_weights(self.fixed_factors))
         fixed = self.fixed_mixing if how.mixing == "sums" else None
         if self.mixes_in:
             return mix_in(x, fixed or self.A.transpose(0, 1).reshape(n * t, n), self.core)
         return mix_out(x, fixed or self.A.permute(1, 2, 0).reshape(n, n * t), self.core)
+
+    def _product_weights(self, factors: FixedFactors) -> list[Tensor]:
+        """T_r = Σ_i U[r, i] S_i: made anew at every call, or kept where `keep_derived_` asked for it."""
+        if self.derived is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return combined(self.components.unbind(0), factors.u)
+        weight = self.core.weight
+        made_of = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
+        if self.derived.made_of != made_of:
+            self.derived = Derived(made_of, combined(self.components.unbind(0), factors.u))
+        return self.derived.weights
 
     @property
     def _plain_core(self) -> bool:
@@ -221,3 +240,11 @@ class PHMLinear(nn.Module):
         a = self.algebra
         size = f"{'terms' if a.form == 'terms' else 'products'}={a.size}"
         return f"{self.in_features}, {self.out_features}, {a.name}, n={a.n}, {size}, bias={self.bias is not None}"
+
+
+def keep_derived_(model: nn.Module) -> None:
+    """Trade memory for speed: layers of fixed algebras keep the sums of weights that their products need with many
+    tokens, (R − t)/t of the layers' own bytes or more, in place of adding them up at every call."""
+    for module in model.modules():
+        if isinstance(module, PHMLinear) and module.fixed_factors is not None:
+            module.derived = Derived()
