@@ -107,6 +107,7 @@ def keep_prices(found: dict[str, Prices], place: torch.device) -> None:
     own = {"source": machine(), **{dtype: asdict(price) for dtype, price in found.items()}}
     write_json(PRICES, dict(sorted((table | {processor(place.type): own}).items())))
     prices.cache_clear()
+    execution.cache_clear()
 
 
 @torch.inference_mode()

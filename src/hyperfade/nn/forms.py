@@ -113,7 +113,10 @@ def _combination(blocks: Sequence[Tensor], row: tuple[float, ...]) -> Tensor:
     (total, factor), *rest = terms or [(blocks[0], 0.0)]
     total = total if factor == 1 else -total if factor == -1 else total * factor
     for block, factor in rest:
-        total = torch.add(total, block, alpha=factor)
+        if torch.compiler.is_compiling():  # inductor (seen in 2.13) forgets alpha where it merges a sum into a product
+            total = total + block if factor == 1 else total - block if factor == -1 else total + factor * block
+        else:
+            total = torch.add(total, block, alpha=factor)
     return total
 
 
