@@ -10,7 +10,7 @@ Every finished cell is kept; a repeat goes on with those that are missing, unles
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 
 from hyperfade.errors import AlgebraError
 from hyperfade.measure import device, machine
-from hyperfade.measure.layers import TOKENS, copies, describe, input_width, lone_ffn, time_layers
+from hyperfade.measure.layers import TOKENS, LayerTime, copies, describe, input_width, lone_ffn, time_layers
 from hyperfade.measure.roofline import ceilings
 from hyperfade.recipe import Replace
 from hyperfade.surgery import FFN, Swap, find_ffns, plan
@@ -122,6 +122,20 @@ def measure(cell: Cell, layers: dict[str, list[nn.Module]], rounds: tuple[int, i
     shape = cell.shape
     turns = layers if cell.cache == "cold" else {name: same[:1] for name, same in layers.items()}
     times = time_layers(turns, input_width(shape.model, shape.ffn), cell.tokens, rounds=rounds)
+    return facts_of(cell, len(times["dense"].seconds)) | {"layers": numbers_of(times)}
+
+
+def facts_of(cell: Cell, rounds: int) -> dict[str, Any]:
+    """What was timed."""
+    shape = cell.shape
+    features = [input_width(shape.model, shape.ffn), shape.model.get_submodule(shape.ffn.writer).out_features]
+    facts = {"part": shape.part, "region": shape.region, "shape": shape.name, "models": list(shape.models)}
+    facts |= {"dtype": cell.dtype, "tokens": cell.tokens, "cache": cell.cache, "features": features}
+    return facts | {"rounds": rounds}
+
+
+def numbers_of(times: Mapping[str, LayerTime]) -> dict[str, dict[str, Any]]:
+    """Every layer's time and work, its speed-up over dense, and over the low-rank layer of its size."""
     results = {}
     for name, mine in times.items():
         results[name] = {
@@ -130,24 +144,17 @@ def measure(cell: Cell, layers: dict[str, list[nn.Module]], rounds: tuple[int, i
             "flops": mine.flops,
             "weight_bytes": mine.weight_bytes,
         }
-        if name in RIVAL:
+        if RIVAL.get(name) in times:
             results[name]["speedup_over_low_rank"] = mine.speedup_over(times[RIVAL[name]])
-    writer = shape.model.get_submodule(shape.ffn.writer)
-    facts = {"part": shape.part, "region": shape.region, "shape": shape.name, "models": shape.models}
-    facts |= {"dtype": cell.dtype, "tokens": cell.tokens, "cache": cell.cache}
-    return facts | {
-        "features": [input_width(shape.model, shape.ffn), writer.out_features],
-        "rounds": len(times["dense"].seconds),
-        "layers": _rounded(results),
-    }
+    return rounded(results)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits: what a timing can carry."""
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, tuple):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -167,7 +174,7 @@ def main() -> None:
     start, built = time.perf_counter(), (None, None, {})
     for dtype in dict.fromkeys(cell.dtype for cell in todo):
         if dtype not in results["ceilings"]:
-            results["ceilings"][dtype] = _rounded(asdict(ceilings(getattr(torch, dtype), device())))
+            results["ceilings"][dtype] = rounded(asdict(ceilings(getattr(torch, dtype), device())))
             print(f"ceilings, {dtype}: {results['ceilings'][dtype]}", flush=True)
     expected = {cell.key: _expected_seconds(cell, results["ceilings"]) for cell in todo}
     for number, cell in enumerate(todo, 1):

@@ -16,13 +16,13 @@ from unittest.mock import patch
 
 import torch
 from execution import keep_prices, measured_prices
-from ffn_speed import Cell, _rounded, shapes
+from ffn_speed import Cell, facts_of, numbers_of, rounded, shapes
 from gpu_ways import Way, decoder, time_loops
 from model_speed import GROUPS
-from shapes import LOW_RANK, MODELS, RIVAL, Model, qwen_3b
+from shapes import LOW_RANK, MODELS, Model, qwen_3b
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from whole_models import SHARED_PERIOD, built, compressed, decode, prefill, prompt
+from whole_models import built, compressed, decode, prefill, prompt
 
 from hyperfade.measure import Ceilings, ceilings, num_parameters, speedup, time_alternately, weight_bytes
 from hyperfade.measure.layers import TOKENS, copies, input_width, lone_ffn
@@ -64,16 +64,16 @@ def tiny_model() -> Model:
 
 
 @contextmanager
-def models_in_full(tiny: bool) -> Iterator[None]:
-    """The benchmarks' models without shared layers: here every weight is real. Tiny: one toy model in their place."""
-    with patch.dict(SHARED_PERIOD, clear=True), patch.dict(MODELS, {"tiny": tiny_model()} if tiny else {}, clear=tiny):
+def benchmarked_models(tiny: bool) -> Iterator[None]:
+    """The benchmarks' models. Tiny: one toy model in their place."""
+    with patch.dict(MODELS, {"tiny": tiny_model()} if tiny else {}, clear=tiny):
         yield
 
 
 def measure_part(part: str, run: "Run") -> None:
     """Run one part by its name."""
     kind, _, what = part.partition(" ")
-    with models_in_full(run.tiny):
+    with benchmarked_models(run.tiny):
         if kind == "device":
             device_part(run)
         elif kind == "model":
@@ -135,7 +135,7 @@ def device_part(run: Run) -> None:
     for name in ("bfloat16", "float32"):
         dtype = getattr(torch, name)
         if name not in run.results["ceilings"]:
-            run.results["ceilings"][name] = _rounded(asdict(ceilings(dtype, run.device, **small)))
+            run.results["ceilings"][name] = rounded(asdict(ceilings(dtype, run.device, **small)))
             write_json(run.output, run.results)
         print(f"  ceilings, {name}: {run.results['ceilings'][name]}", flush=True)
         if not run.tiny:  # toy shapes say nothing, and must not overwrite what was measured
@@ -177,19 +177,8 @@ def ffn_layers(cell: WayCell, run: Run) -> dict[str, list[nn.Module]]:
 
 def ffn_cell(cell: WayCell, layers: dict[str, list[nn.Module]]) -> dict[str, Any]:
     """The cell's numbers, in the format of `ffn_speed`."""
-    shape = cell.shape
-    width = input_width(shape.model, shape.ffn)
-    times = time_loops(layers, width, cell.tokens, cell.way)
-    found: dict[str, dict[str, Any]] = {}
-    for name, mine in times.items():
-        own = {"seconds": mine.median_seconds, "flops": mine.flops, "weight_bytes": mine.weight_bytes}
-        found[name] = own | {"speedup": mine.speedup_over(times["dense"])}
-        if RIVAL.get(name) in times:
-            found[name]["speedup_over_low_rank"] = mine.speedup_over(times[RIVAL[name]])
-    features = [width, shape.model.get_submodule(shape.ffn.writer).out_features]
-    facts = {"part": shape.part, "region": shape.region, "shape": shape.name, "models": list(shape.models)}
-    facts |= {"dtype": cell.dtype, "tokens": cell.tokens, "cache": cell.cache, "way": cell.way, "features": features}
-    return facts | {"rounds": len(times["dense"].seconds), "layers": _rounded(found)}
+    times = time_loops(layers, input_width(cell.shape.model, cell.shape.ffn), cell.tokens, cell.way)
+    return facts_of(cell, len(times["dense"].seconds)) | {"way": cell.way, "layers": numbers_of(times)}
 
 
 def model_part(run: Run, name: str) -> None:
@@ -217,7 +206,7 @@ def model_cell(dense: Any, name: str, variant: str) -> dict[str, Any]:
                 own, phase + "_graph" * graph, lambda s=size, g=graph: timed(decoders(models, batch, s, g), NEW_TOKENS)
             )
     facts = {"model": name, "variant": variant, "patches": patches, "prompt_tokens": batch["input_ids"].shape[1]}
-    return facts | {"models": _rounded(own)}
+    return facts | {"models": rounded(own)}
 
 
 def _add(own: dict[str, dict[str, Any]], phase: str, measure: Callable[[], dict[str, Any]]) -> None:

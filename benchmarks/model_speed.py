@@ -20,12 +20,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from shapes import MODELS
 from whole_models import SHARED_PERIOD, built, compressed, decode, prefill, prompt
 
@@ -37,25 +39,42 @@ RESULTS = Path(__file__).parent / "results" / "model_speed.json"
 GROUPS = (("paper", "products n=4"), ("products n=2", "learned n=4", "low-rank 1/4"))  # that fit into memory together
 NEW_TOKENS, BATCH, BATCH_TOKENS = 16, 8, 4
 ROUNDS = {"SmolVLM-256M": 9, "Qwen2.5-VL-3B": 3, "Qwen2.5-VL-7B": 2}
-SECONDS = {"SmolVLM-256M": 40, "Qwen2.5-VL-3B": 200, "Qwen2.5-VL-7B": 330, "load SmolVLM-256M": 12, "load": 35}
+
+
+@dataclass(frozen=True)
+class SpeedCell:
+    """One model dense and with some variants, side by side. Without prefill only decoding is timed."""
+
+    name: str
+    group: tuple[str, ...]
+    dtype: str
+    prefill: bool
+
+    @property
+    def key(self) -> str:
+        """Its name in the results file."""
+        return f"speed|{self.name}|{', '.join(self.group)}, {self.dtype}"
 
 
 @torch.inference_mode()
-def speed_cell(name: str, group: tuple[str, ...]) -> dict[str, Any]:
+def speed_cell(cell: SpeedCell) -> dict[str, Any]:
     """Dense and the group's variants in alternating rounds, and Amdahl's check of each."""
-    dense = built(name)
+    name, dtype = cell.name, getattr(torch, cell.dtype)
+    period = SHARED_PERIOD.get((name, dtype))
+    dense = built(name, dtype, period)
     models, plans = {"dense": dense}, {}
-    for variant in group:
-        models[variant], plans[variant] = compressed(dense, name, variant)
+    for variant in cell.group:
+        models[variant], plans[variant] = compressed(dense, name, variant, period)
     batch, patches = prompt(dense)
     text = {key: batch[key][:, -8:] for key in ("input_ids", "attention_mask")}
-    for model in models.values():  # a short warm-up: the first touch of the weights
-        decode(model, *prefill(model, text), 1)
+    caches: dict[str, Any] = {}
+    for variant, model in models.items():
+        caches[variant] = prefill(model, text)
+        decode(model, *caches[variant], 1)  # a short warm-up: the first touch of the weights
     ffn_seconds = _listen(dense, next(iter(plans.values())))
     first: dict[str, list[float]] = defaultdict(list)
     share: dict[str, list[float]] = defaultdict(list)  # of the dense model's time, by phase and region
-    caches: dict[str, Any] = {}
-    for _ in range(ROUNDS[name]):
+    for _ in range(ROUNDS[name] if cell.prefill else 0):
         for variant, model in models.items():
             ffn_seconds.clear()
             seconds, caches[variant] = _timed(lambda model=model: prefill(model, batch))
@@ -63,7 +82,7 @@ def speed_cell(name: str, group: tuple[str, ...]) -> dict[str, Any]:
             if variant == "dense":
                 for region, spent in ffn_seconds.items():
                     share[f"prefill {region}"].append(spent / seconds)
-    phases = {"first_token": first}
+    phases = {"first_token": first} if cell.prefill else {}
     for phase, size, tokens in (("per_token", 1, NEW_TOKENS), ("per_token_batch_8", BATCH, BATCH_TOKENS)):
         phases[phase] = defaultdict(list)
         several = {variant: _widened(*caches[variant], size) for variant in models}
@@ -77,9 +96,11 @@ def speed_cell(name: str, group: tuple[str, ...]) -> dict[str, Any]:
     shares = {key: statistics.median(values) for key, values in share.items()}
     for hook in ffn_seconds.hooks:
         hook.remove()
-    ratios = _ffn_ratios(models, plans, batch["input_ids"].shape[1], patches)
-    result: dict[str, Any] = {"prompt_tokens": batch["input_ids"].shape[1], "patches": patches, "ffn_share": shares}
-    result |= {"rounds": ROUNDS[name], "shared_period": SHARED_PERIOD.get(name), "models": {}}
+    prompt_tokens = batch["input_ids"].shape[1]
+    rows = {"prefill language": prompt_tokens, "prefill vision": patches, "decode language": 1}
+    ratios = _ffn_ratios(models, plans, {key: rows[key] for key in shares})
+    result: dict[str, Any] = {"dtype": cell.dtype, "prompt_tokens": prompt_tokens, "patches": patches}
+    result |= {"ffn_share": shares, "rounds": ROUNDS[name], "shared_period": period, "models": {}}
     for variant in models:
         own = {phase: {"seconds": statistics.median(times[variant])} for phase, times in phases.items()}
         for phase, times in phases.items():
@@ -91,6 +112,7 @@ def speed_cell(name: str, group: tuple[str, ...]) -> dict[str, Any]:
             own["amdahl"] = {
                 phase: _amdahl(shares, ratios[variant], stage, own[phase]["speedup"].median)
                 for phase, stage in (("first_token", "prefill"), ("per_token", "decode"))
+                if phase in phases
             }
         result["models"][variant] = own
     return result
@@ -121,19 +143,16 @@ def _listen(dense: Any, any_plan: Any) -> _FFNSeconds:
     return spent
 
 
-def _ffn_ratios(models: dict[str, Any], plans: dict[str, Any], tokens: int, patches: int) -> dict[str, dict[str, Any]]:
-    """Speed-ups of the FFNs alone by phase and region; calls go round the model's layers."""
+def _ffn_ratios(models: dict[str, Any], plans: dict[str, Any], rows: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Speed-ups of the FFNs alone for so many tokens by `phase region`; calls go round the model's layers."""
     dense, result = models["dense"], {variant: {} for variant in plans}
     ffns = next(iter(plans.values())).ffns
-    for key, region, rows in (
-        ("prefill language", "language", tokens),
-        ("prefill vision", "vision", patches),
-        ("decode language", "language", 1),
-    ):
+    for key, tokens in rows.items():
+        region = key.split()[1]
         names = [ffn for ffn in ffns if ffn.region == region]
         reads = names[0].readers[0]
         width = dense.get_submodule(reads).in_features
-        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(2)).to(dense.dtype)[None]
+        x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(2)).to(dense.dtype)[None]
         x = x[0] if region == "vision" and dense.config.model_type == "qwen2_5_vl" else x
         turns = {v: cycle([model.get_submodule(ffn.name) for ffn in names]) for v, model in models.items()}
         calls = {v: lambda turn=turn, x=x: next(turn)(x) for v, turn in turns.items()}
@@ -208,16 +227,30 @@ def _child(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _speed_child(name: str, group: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    return _child("speed", name, "/".join(group))
+def _speed_child(cell: SpeedCell, folder: Path) -> dict[str, Any]:
+    return _child("speed", json.dumps(asdict(cell)))
 
 
-def all_cells(quick: bool) -> dict[str, Callable[[Path], dict[str, Any]]]:
+@torch.inference_mode()
+def has_fast_bfloat16() -> bool:
+    """Whether products in bfloat16 take less than twice the time of float32's."""
+    calls = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        calls[str(dtype)] = partial(F.linear, x, weight)
+    plain, half = (min(seconds) for seconds in time_alternately(calls).values())
+    return half < 2 * plain
+
+
+def all_cells(quick: bool, fast_bfloat16: bool) -> dict[str, Callable[[Path], dict[str, Any]]]:
     """Every cell by its key. Quick: the two smaller models, and the paper's recipe beside products n=4 alone."""
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
     for name in list(MODELS)[: 2 if quick else None]:
-        for group in GROUPS[: 1 if quick else None]:
-            found[f"speed|{name}|{', '.join(group)}"] = partial(_speed_child, name, group)
+        for group in GROUPS[: 1 if quick or name == "Qwen2.5-VL-7B" else None]:
+            cells = [SpeedCell(name, group, "bfloat16", fast_bfloat16)]
+            if not fast_bfloat16:
+                cells.append(SpeedCell(name, group, "float32", True))
+            found |= {cell.key: partial(_speed_child, cell) for cell in cells}
     for name in ("SmolVLM-256M", "Qwen2.5-VL-3B")[: 1 if quick else None]:
         for variant in ("dense", *(variant for group in GROUPS for variant in group)):
             found[f"load|{name}|{variant}"] = partial(load_cell, name, variant)
@@ -235,23 +268,30 @@ def main() -> None:
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        kind, name, variant, *folder = args.child
+        kind, *what = args.child
         if kind == "speed":
-            result = speed_cell(name, tuple(variant.split("/")))
+            fields = json.loads(what[0])
+            result = speed_cell(SpeedCell(**fields | {"group": tuple(fields["group"])}))
         else:
-            result = {"save": save, "use": use}[kind](name, variant, Path(folder[0]))
+            name, variant, folder = what
+            result = {"save": save, "use": use}[kind](name, variant, Path(folder))
         print(json.dumps(result))
         return
     kept = read_json(args.output)["cells"] if args.output.exists() and not args.fresh else {}
     results = {"machine": machine(), "cells": kept}
-    todo = {key: run for key, run in all_cells(args.quick).items() if key not in kept and args.only in key}
+    todo = {
+        key: run
+        for key, run in all_cells(args.quick, has_fast_bfloat16()).items()
+        if key not in kept and args.only in key
+    }
     start = time.perf_counter()
     for number, (key, run) in enumerate(todo.items()):
-        minutes = sum(map(_expected_seconds, list(todo)[number:])) / 60
         if time.perf_counter() - start > 60 * args.minutes:
             print(f"{len(todo) - number} cells are left for a repeat", flush=True)
             break
-        print(f"{number + 1}/{len(todo)}, about {minutes:.0f} min left: {key}", flush=True)
+        spent = time.perf_counter() - start
+        estimate = f"about {spent / number * (len(todo) - number) / 60:.0f} min left" if number else "estimate follows"
+        print(f"{number + 1}/{len(todo)}, {estimate}: {key}", flush=True)
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="hyperfade-speed-") as folder:
             results["cells"][key] = run(Path(folder)) | {"cell_seconds": round(time.perf_counter() - begun)}
@@ -259,16 +299,11 @@ def main() -> None:
         print(json.dumps(_summary(results["cells"][key])), flush=True)
 
 
-def _expected_seconds(key: str) -> float:
-    kind, name, _ = key.split("|")
-    return SECONDS[name] if kind == "speed" else SECONDS.get(f"load {name}", SECONDS["load"])
-
-
 def _summary(cell: dict[str, Any]) -> dict[str, Any]:
     if "models" not in cell:
         return {key: value for key, value in cell.items() if key != "peak_bytes"}
     phases = ("first_token", "per_token", "per_token_batch_8")
-    return {v: [round(own[phase]["speedup"][0], 2) for phase in phases] for v, own in cell["models"].items()}
+    return {v: {p: round(own[p]["speedup"][0], 2) for p in phases if p in own} for v, own in cell["models"].items()}
 
 
 if __name__ == "__main__":

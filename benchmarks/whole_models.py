@@ -14,9 +14,13 @@ from hyperfade.measure.layers import fill_
 from hyperfade.recipe import Recipe, Replace
 from hyperfade.surgery import Plan, plan, set_alpha_, swap_
 
-# Qwen2.5-VL-7B does not fit beside its compressed forms: language layers i, i + 7, i + 14 and i + 21 use the same
-# storage. A layer is far larger than any cache, so every token still reads every layer's weights from memory.
-SHARED_PERIOD = {"Qwen2.5-VL-7B": 7}
+# For what does not fit beside its compressed forms: with period 7, language layers i, i + 7, i + 14 ... share storage.
+# A layer is far larger than any cache, so every token still reads every layer's weights from memory.
+SHARED_PERIOD = {
+    ("Qwen2.5-VL-7B", torch.bfloat16): 7,
+    ("Qwen2.5-VL-7B", torch.float32): 4,
+    ("Qwen2.5-VL-3B", torch.float32): 9,
+}
 QUESTION_TOKENS, IMAGE_PIXELS = 32, 448  # of a side; SmolVLM's config fixes its own
 _LAYER = re.compile(r"(.*language_model\.layers\.)(\d+)(\..*)")
 
@@ -29,14 +33,14 @@ def replacement(variant: str) -> Replace:
     return Replace(language=layer, vision=layer)
 
 
-def built(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The dense model with random weights, in evaluation mode."""
+def built(name: str, dtype: torch.dtype = torch.bfloat16, period: int | None = None) -> Any:
+    """The dense model with random weights, in evaluation mode; every `period`-th language layer shares its storage."""
     made = MODELS[name]
     with init_empty_weights():  # weights on meta, buffers (rotary angles) as they are
         model = made.model_class(made.config())
     real: dict[str, nn.Parameter] = {}
     for full, parameter in list(model.named_parameters()):
-        home = _home(full, SHARED_PERIOD.get(name))
+        home = _home(full, period)
         if home not in real:
             real[home] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
         parent, _, leaf = full.rpartition(".")
@@ -47,15 +51,16 @@ def built(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     return model.eval()
 
 
-def compressed(dense: Any, name: str, variant: str) -> tuple[Any, Plan]:
-    """A model with the variant's FFNs that shares everything else with `dense`; and the plan of the true model."""
+def compressed(dense: Any, name: str, variant: str, period: int | None = None) -> tuple[Any, Plan]:
+    """A model with the variant's FFNs that shares everything else with `dense`, which was built with the same period;
+    and the plan of the true model."""
     whole = plan(MODELS[name].skeleton(), replacement(variant))
     light = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
     specs = {swap.name: swap.spec for swap in whole.swaps}
     first: dict[Any, str] = {}  # FFNs with the same storage and the same replacement share it again
     twins: dict[str, str] = {}
     for ffn in whole.ffns:
-        kind = (_home(ffn.name + ".", SHARED_PERIOD.get(name)), *(specs.get(linear) for linear in ffn.linears))
+        kind = (_home(ffn.name + ".", period), *(specs.get(linear) for linear in ffn.linears))
         twins[ffn.name] = first.setdefault(kind, ffn.name)
     own = tuple(swap for swap in whole.swaps if twins[swap.ffn] == swap.ffn)
     swap_(light, Plan(own, whole.ffns, whole.parameters_before, whole.kept, whole.missing))
@@ -68,10 +73,10 @@ def compressed(dense: Any, name: str, variant: str) -> tuple[Any, Plan]:
     return light.eval(), whole
 
 
-def prompt(model: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Tensor], int]:
+def prompt(model: Any) -> tuple[dict[str, Tensor], int]:
     """A question of 32 tokens about one image, 448 × 448 pixels for Qwen2.5-VL and the config's size for SmolVLM; and
     the number of patches that the vision tower sees."""
-    generator = torch.Generator().manual_seed(1)
+    generator, dtype = torch.Generator().manual_seed(1), model.dtype
     config, vision = model.config, model.config.vision_config
     question = torch.randint(5, min(1000, config.text_config.vocab_size), (QUESTION_TOKENS,), generator=generator)
     if config.model_type == "qwen2_5_vl":

@@ -14,16 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import ffn_speed
 import model_speed
 import whole_models
+from model_speed import SpeedCell
 from shapes import MODELS, RIVAL, VARIANTS, Model
 from whole_models import built, compressed, decode, prefill, prompt
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tiny models among the benchmarks' own; one shares the storage of layers 0 and 2."""
+    """Two tiny models among the benchmarks' own; in float32 one shares the storage of layers 0 and 2."""
     for family in ("smolvlm", "qwen2_5_vl"):
         monkeypatch.setitem(MODELS, family, Model(FAMILIES[family].model_class, FAMILIES[family].config, 0))
-    monkeypatch.setitem(whole_models.SHARED_PERIOD, "qwen2_5_vl", 2)
+    monkeypatch.setitem(whole_models.SHARED_PERIOD, ("qwen2_5_vl", torch.float32), 2)
     monkeypatch.setattr(whole_models, "IMAGE_PIXELS", 16)
     monkeypatch.setattr(model_speed, "ROUNDS", {"smolvlm": 2, "qwen2_5_vl": 2})
 
@@ -39,7 +40,7 @@ def test_a_built_model_computes_what_its_class_does_with_the_same_weights(name: 
     model = built(name, torch.float32)
     plain = FAMILIES[name].build()
     plain.load_state_dict(model.state_dict())
-    batch, _ = prompt(model, torch.float32)
+    batch, _ = prompt(model)
     with torch.inference_mode():
         token, _ = prefill(model, batch)
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
@@ -48,11 +49,11 @@ def test_a_built_model_computes_what_its_class_does_with_the_same_weights(name: 
 
 @pytest.mark.usefixtures("tiny")
 def test_layers_share_storage_and_so_do_their_replacements() -> None:
-    dense = built("qwen2_5_vl", torch.float32)
+    dense = built("qwen2_5_vl", torch.float32, 2)
     layers = dense.model.language_model.layers
     assert layers[0].mlp.up_proj.weight is layers[2].mlp.up_proj.weight
     assert layers[0].mlp.up_proj.weight is not layers[1].mlp.up_proj.weight
-    light, whole = compressed(dense, "qwen2_5_vl", "products n=4")
+    light, whole = compressed(dense, "qwen2_5_vl", "products n=4", 2)
     mlps = [layer.mlp for layer in light.model.language_model.layers]
     assert mlps[0] is mlps[2]
     assert mlps[0] is not mlps[1]
@@ -64,7 +65,7 @@ def test_layers_share_storage_and_so_do_their_replacements() -> None:
     set_alpha_(plain, 1.0)
     fold_(plain)
     plain.load_state_dict(light.state_dict())
-    batch, _ = prompt(light, torch.float32)
+    batch, _ = prompt(light)
     with torch.inference_mode():
         torch.testing.assert_close(light(**batch).logits, plain(**batch).logits, rtol=0, atol=1e-5)  # observed 1e-6
 
@@ -74,16 +75,17 @@ def test_layers_share_storage_and_so_do_their_replacements() -> None:
 def test_decoding_leaves_the_cache_as_it_was(name: str) -> None:
     model = built(name, torch.float32)
     with torch.inference_mode():
-        token, cache = prefill(model, prompt(model, torch.float32)[0])
+        token, cache = prefill(model, prompt(model)[0])
         length = cache.get_seq_length()
         decode(model, token, cache, 3)
     assert cache.get_seq_length() == length == prompt(model)[0]["input_ids"].shape[1]
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("name", ["smolvlm", "qwen2_5_vl"])
-def test_a_cell_of_whole_models_holds_together(name: str) -> None:
-    cell = model_speed.speed_cell(name, ("products n=4", "low-rank 1/4"))
+@pytest.mark.parametrize(("name", "dtype"), [("smolvlm", "bfloat16"), ("qwen2_5_vl", "float32")])
+def test_a_cell_of_whole_models_holds_together(name: str, dtype: str) -> None:
+    cell = model_speed.speed_cell(SpeedCell(name, ("products n=4", "low-rank 1/4"), dtype, prefill=True))
+    assert cell["shared_period"] == (2 if dtype == "float32" else None)
     assert list(cell["models"]) == ["dense", "products n=4", "low-rank 1/4"]
     shares = cell["ffn_share"]
     assert set(shares) == {"prefill language", "prefill vision", "decode language"}
@@ -95,6 +97,15 @@ def test_a_cell_of_whole_models_holds_together(name: str) -> None:
     assert check["predicted"] == pytest.approx(1 / (1 - share + share / ratios["decode language"].median), rel=1e-9)
     measured = light["per_token"]["speedup"].median
     assert check["measured_over_predicted"] == pytest.approx(measured / check["predicted"], rel=1e-9)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_cell_without_prefill_times_decoding_only() -> None:
+    cell = model_speed.speed_cell(SpeedCell("smolvlm", ("products n=4",), "bfloat16", prefill=False))
+    assert set(cell["ffn_share"]) == {"decode language"}
+    light = cell["models"]["products n=4"]
+    assert "first_token" not in light
+    assert set(light["amdahl"]) == {"per_token"}
 
 
 @pytest.mark.usefixtures("tiny")
@@ -125,4 +136,6 @@ def test_cells_have_different_keys() -> None:
     assert len(keys) == len(set(keys)) == 140
     quick = {cell.key for cell in ffn_speed.cells(quick=True)}
     assert quick < set(keys)
-    assert set(model_speed.all_cells(quick=True)) < set(model_speed.all_cells(quick=False))
+    for fast in (True, False):
+        assert set(model_speed.all_cells(True, fast)) < set(model_speed.all_cells(False, fast))
+    assert set(model_speed.all_cells(False, True)) < set(model_speed.all_cells(False, False))

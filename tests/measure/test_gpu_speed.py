@@ -88,7 +88,7 @@ def test_the_check_sees_what_a_capture_forbids(ask: Callable[[Tensor], Tensor]) 
 def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The toy model among the benchmarks' own, with a small image."""
     monkeypatch.setattr(whole_models, "IMAGE_PIXELS", 56)
-    with gpu_parts.models_in_full(tiny=True):
+    with gpu_parts.benchmarked_models(tiny=True):
         yield
 
 
@@ -123,7 +123,7 @@ def test_static_decoding_gives_the_tokens_of_a_growing_cache(batch: int) -> None
             parameter.add_(
                 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             )
-        token, cache = prefill(model, prompt(model, torch.float32)[0])
+        token, cache = prefill(model, prompt(model)[0])
         by_static = [decoder(model, token, cache, batch, count)() for count in range(1, 7)]
         again = decoder(model, token, cache, batch, 6)
         again()  # from the same state at every call
