@@ -3,6 +3,7 @@
 from typing import Any
 
 from gpu_parts import GAP_WORTH_A_KERNEL, GRAPH_TOKENS
+from report_pieces import ratio
 
 PHASES = {
     "first_token": "first token",
@@ -24,9 +25,9 @@ def ffn_cells(results: dict[str, Any], *ways: str) -> dict[str, Any]:
     return {**results, "cells": chosen}
 
 
-def model_rows(results: dict[str, Any], number: Any) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """For each model the head and rows of a table: dense in milliseconds, then every variant's speed-ups as `number`
-    writes them; memory as what an answer takes at most. What failed shows as a dash."""
+def model_rows(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """For each model the head and rows of a table: dense in milliseconds, then every variant's speed-ups; memory as what
+    an answer takes at most. What failed shows as a dash."""
     tables: dict[str, tuple[list[str], list[list[str]]]] = {}
     head = ["FFNs", "weights, GB", "peak memory, GB", *PHASES.values()]
     for cell in results["models"].values():
@@ -37,15 +38,15 @@ def model_rows(results: dict[str, Any], number: Any) -> dict[str, tuple[list[str
             if label == "dense" and rows:
                 continue  # it stands beside every variant; the first time is shown
             sizes = [f"{own[what] / 1e9:.2f}" if what in own else "–" for what in ("weight_bytes", "peak_bytes")]
-            times = [_time(own[phase], None if label == "dense" else number) for phase in PHASES]
+            times = [_time(own[phase], label == "dense") for phase in PHASES]
             rows.append([label, *sizes, *times])
     return tables
 
 
-def _time(phase: dict[str, Any], number: Any) -> str:
+def _time(phase: dict[str, Any], is_dense: bool) -> str:
     if "error" in phase:
         return "–"
-    return number(phase["speedup"]) if number else f"{1e3 * phase['seconds']:.3g} ms"
+    return f"{1e3 * phase['seconds']:.3g} ms" if is_dense else ratio(phase["speedup"])
 
 
 def gap_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from gpu_parts import GAP_WORTH_A_KERNEL, GRAPH_TOKENS
 from gpu_report import failures, ffn_cells, gap_rows, model_rows
+from model_report import model_parts
+from report_pieces import ratio, table
 from shapes import LOW_RANK, RIVAL, VARIANTS
 from speed_plot import plot
-from whole_models import SHARED_PERIOD
 
-from hyperfade.surgery import human
 from hyperfade.workspace import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,6 @@ RESULTS, PAGE, ROOFLINE = (
     ROOT / "docs" / "speed_roofline.png",
 )
 TOKENS = (1, 8, 64, 512, 2048)
-AMDAHL_TARGET = 0.10
 
 HEAD = """# How fast
 
@@ -58,7 +57,7 @@ def page(ffns: dict[str, Any], models: dict[str, Any], gpu: dict[str, Any] | Non
     parts = [HEAD, _machine("Processor", ffns["machine"])]
     if ffns["ceilings"]:
         parts.append(_ceilings(ffns["ceilings"]))
-    parts += ["## Whole models", *_models(models), "## Feed-forward networks alone", *_ffns(ffns)]
+    parts += ["## Whole models", *model_parts(models), "## Feed-forward networks alone", *_ffns(ffns)]
     if gpu:
         parts += ["## On a GPU", _machine("Accelerator", gpu["machine"]), _ceilings(gpu["ceilings"]), *_gpu(gpu)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -80,118 +79,7 @@ def _ceilings(roofs: dict[str, Any]) -> str:
         for dtype, roof in roofs.items()
     ]
     head = ["", "product, GFLOP/s", "product with one vector, GB/s", "sum, GB/s", "copy, GB/s"]
-    return "This machine's ceilings, measured in the same run:\n\n" + _table(head, rows)
-
-
-# --- whole models ----------------------------------------------------------------------------------------------------
-
-
-def _models(results: dict[str, Any]) -> list[str]:
-    cells = [(*key.split("|"), cell) for key, cell in results["cells"].items()]
-    speeds: dict[str, list[dict[str, Any]]] = {}
-    for kind, name, _, cell in cells:
-        if kind == "speed":
-            speeds.setdefault(name, []).append(cell)
-    parts = [
-        "bfloat16. Time to first token: one image and 32 words, vision tower and prompt. `measured / predicted` "
-        "compares with Amdahl's law: the FFNs' share of the dense model's time and the FFNs' own speed-ups, both from "
-        f"the same process. Within {AMDAHL_TARGET:.0%} of 1 the FFNs' gain reaches the model in full.",
-    ]
-    for name, groups in speeds.items():
-        parts.append(f"### {name}")
-        parts.append(_facts(name, groups))
-        parts.append(_model_table(groups))
-    parts += _headline(speeds)
-    loads: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for kind, name, variant, cell in cells:
-        if kind == "load":
-            loads.setdefault(name, []).append((variant, cell))
-    if loads:
-        parts.append("### Loading and memory")
-        parts.append(
-            "A checkpoint that is not in the file cache, loaded by `from_pretrained` in a fresh process, which then "
-            "answers once. Peak memory is that process's largest resident set, the libraries' own included."
-        )
-        rows = []
-        for name, entries in loads.items():
-            dense = dict(entries).get("dense")
-            for variant, cell in entries:
-                gain = f"{dense['load_seconds'] / cell['load_seconds']:.2f}×" if dense else "–"
-                peak = cell["peak_bytes"]
-                sizes = [f"{size / 1e9:.2f}" for size in (cell["disk_bytes"], peak["loaded"], peak["answered"])]
-                rows.append([name, variant, *sizes, f"{cell['load_seconds']:.1f}", gain])
-        head = ["model", "FFNs", "on disk, GB", "peak loaded, GB", "peak answering, GB", "load, s", "speed-up"]
-        parts.append(_table(head, rows))
-    return parts
-
-
-def _facts(name: str, groups: list[dict[str, Any]]) -> str:
-    cell, dense = groups[0], groups[0]["models"]["dense"]
-    share = cell["ffn_share"]
-    text = (
-        f"{human(dense['parameters'])} parameters, {cell['prompt_tokens']} prompt tokens, {cell['patches']} patches, "
-        f"{cell['rounds']} rounds. Dense: {dense['first_token']['seconds']:.2f} s to the first token, "
-        f"{1e3 * dense['per_token']['seconds']:.0f} ms per token. FFNs take {share['decode language']:.0%} of a "
-        f"decoded token's time; of the first token's, those of language take {share['prefill language']:.0%} and those "
-        f"of vision {share['prefill vision']:.0%}."
-    )
-    if name in SHARED_PERIOD:
-        text += (
-            f" To fit beside its compressed forms, every {SHARED_PERIOD[name]}th language layer uses the same storage; "
-            "a layer is far larger than the caches, so each token still reads every layer's weights from memory."
-        )
-    return text
-
-
-def _model_table(groups: list[dict[str, Any]]) -> str:
-    rows = []
-    for cell in groups:
-        for variant, own in cell["models"].items():
-            if variant == "dense":
-                continue
-            checks = [own["amdahl"][phase]["measured_over_predicted"] for phase in ("first_token", "per_token")]
-            batch = 8 / own["per_token_batch_8"]["seconds"]
-            rows.append(
-                [
-                    variant,
-                    human(own["parameters"]),
-                    _ratio(own["first_token"]["speedup"]),
-                    f"{checks[0]:.2f}",
-                    _ratio(own["per_token"]["speedup"]),
-                    f"{checks[1]:.2f}",
-                    f"{1 / own['per_token']['seconds']:.2f}",
-                    _ratio(own["per_token_batch_8"]["speedup"]),
-                    f"{batch:.2f}",
-                ]
-            )
-    head = [
-        "FFNs",
-        "parameters",
-        "first token",
-        "measured / predicted",
-        "per token",
-        "measured / predicted",
-        "tokens/s",
-    ]
-    return _table([*head, "per token, batch 8", "tokens/s, batch 8"], rows)
-
-
-def _headline(speeds: dict[str, list[dict[str, Any]]]) -> list[str]:
-    found = {v: own for cell in speeds.get("Qwen2.5-VL-7B", []) for v, own in cell["models"].items() if v != "dense"}
-    if "paper" not in found:
-        return []
-    paper = found["paper"]
-    lines = [
-        "The paper reports 48 % more speed at 8.29 B → 5.38 B parameters. The same sizes here, by its recipe: "
-        f"{_ratio(paper['per_token']['speedup'])} per token, {_ratio(paper['first_token']['speedup'])} to the first."
-    ]
-    if "products n=4" in found:
-        ours = found["products n=4"]
-        lines.append(
-            f"products n=4 on the same model: {human(ours['parameters'])} parameters, "
-            f"{_ratio(ours['per_token']['speedup'])} per token, {_ratio(ours['first_token']['speedup'])} to the first."
-        )
-    return [" ".join(lines)]
+    return "This machine's ceilings, measured in the same run:\n\n" + table(head, rows)
 
 
 # --- FFNs alone ------------------------------------------------------------------------------------------------------
@@ -257,12 +145,12 @@ def _tokens_table(group: list[dict[str, Any]], key: str, names: Iterable[str], *
             continue
         cells = []
         for count in tokens:
-            ratio = by_tokens[count].get(name, {}).get(key)
-            cells.append("–" if ratio is None else _ratio(ratio) if spread else f"{ratio[0]:.2f}×")
+            found = by_tokens[count].get(name, {}).get(key)
+            cells.append("–" if found is None else ratio(found) if spread else f"{found[0]:.2f}×")
         rows.append([f"{name} {_limits(by_tokens[tokens[-1]], name)}", *cells])
     dense = [f"{1e3 * by_tokens[count]['dense']['seconds']:.3g} ms" for count in tokens]
     head = ["FFNs", *(f"{count} token{'s' if count > 1 else ''}" for count in tokens)]
-    return _table(head, [["dense", *dense], *rows] if key == "speedup" else rows)
+    return table(head, [["dense", *dense], *rows] if key == "speedup" else rows)
 
 
 def _limits(layers: dict[str, Any], name: str) -> str:
@@ -280,7 +168,7 @@ def _losses(ffns: list[dict[str, Any]]) -> str:
         counted.append([name, str(len(own)), str(rivals), RIVAL[name], str(slower)])
     head = ["FFNs", "cells", "slower than low-rank", "of the size", "slower than dense"]
     text = "How often, by more than the spread (the upper quartile is below 1), whole FFNs with cold weights:\n\n"
-    return text + _table(head, counted)
+    return text + table(head, counted)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -291,8 +179,8 @@ def _gpu(results: dict[str, Any]) -> list[str]:
         "A CUDA graph is one launch of all a call's kernels. Where few tokens are at work, an eager call waits for the "
         "processor that launches them one by one, and its speed-ups say little about the layers.",
     ]
-    for name, (head, rows) in model_rows(results, _ratio).items():
-        parts += [f"### {name} on the GPU", _table(head, rows)]
+    for name, (head, rows) in model_rows(results).items():
+        parts += [f"### {name} on the GPU", table(head, rows)]
     parts += _ffns(ffn_cells(results), prefix="On the GPU, ")
     for way, title in (("eager", "Eager calls"), ("compiled", "`torch.compile`, max-autotune, as graphs")):
         found = [cell for cell in ffn_cells(results, way)["cells"].values() if cell["tokens"] in GRAPH_TOKENS]
@@ -303,22 +191,13 @@ def _gpu(results: dict[str, Any]) -> list[str]:
                 same = [cell for cell in group if cell["dtype"] == dtype]
                 names = [*VARIANTS, *LOW_RANK]
                 parts.append(f"{group_title}, {dtype}:\n\n{_tokens_table(same, 'speedup', names, spread=False)}")
-    parts += ["### Gap to the bandwidth limit", GAP_TEXT, _table(*gap_rows(results))]
+    parts += ["### Gap to the bandwidth limit", GAP_TEXT, table(*gap_rows(results))]
     if failed := failures(results):
         parts += ["### Without a number", "\n".join(f"- {line}" for line in failed)]
     return parts
 
 
 # --- plain pieces ----------------------------------------------------------------------------------------------------
-
-
-def _ratio(ratio: list[float]) -> str:
-    return f"{ratio[0]:.2f}× ({ratio[1]:.2f}-{ratio[2]:.2f})"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def kept() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
