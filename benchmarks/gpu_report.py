@@ -26,8 +26,8 @@ def ffn_cells(results: dict[str, Any], *ways: str) -> dict[str, Any]:
 
 
 def model_rows(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """For each model the head and rows of a table: dense in milliseconds, then every variant's speed-ups; memory as what
-    an answer takes at most. What failed shows as a dash."""
+    """For each model the head and rows of a table: dense in milliseconds, then every variant's speed-ups; memory as
+    what an answer takes at most. What failed shows as a dash."""
     tables: dict[str, tuple[list[str], list[list[str]]]] = {}
     head = ["FFNs", "weights, GB", "peak memory, GB", *PHASES.values()]
     for cell in results["models"].values():
