@@ -169,7 +169,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     kept = read_json(args.output) if args.output.exists() and not args.fresh else {"cells": {}}
-    results = {"machine": machine(), "ceilings": kept.get("ceilings", {}), "left_out": {}, "cells": kept["cells"]}
+    results = {
+        "machine": machine(),
+        "ceilings": kept.get("ceilings", {}),
+        "left_out": kept.get("left_out", {}),
+        "cells": kept["cells"],
+    }
     todo = [cell for cell in cells(args.quick) if cell.key not in results["cells"]]
     start, built = time.perf_counter(), (None, None, {})
     for dtype in dict.fromkeys(cell.dtype for cell in todo):

@@ -10,8 +10,8 @@ AMDAHL_TARGET = 0.10
 TEXT = (
     "Time to first token: one image and 32 words, vision tower and prompt. `measured / predicted` compares with "
     "Amdahl's law: the FFNs' share of the dense model's time and the FFNs' own speed-ups, both from the same process. "
-    f"Within {AMDAHL_TARGET:.0%} of 1 the FFNs' gain reaches the model in full. A dash: not measured, because a processor "
-    "without bfloat16 instructions takes minutes to a first token in it."
+    f"Within {AMDAHL_TARGET:.0%} of 1 the FFNs' gain reaches the model in full. A dash: not measured, because a "
+    "processor without bfloat16 instructions takes minutes to a first token in it."
 )
 LOADING = (
     "A checkpoint that is not in the file cache, loaded by `from_pretrained` in a fresh process, which then answers "

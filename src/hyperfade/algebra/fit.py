@@ -26,11 +26,12 @@ from torch import Tensor
 from hyperfade.algebra.bases import Algebra
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank
-from hyperfade.algebra.moments import conditioned, energy, output_error, relative, solve_psd
+from hyperfade.algebra.moments import conditioned, output_error, relative, solve_psd
 from hyperfade.algebra.wide import mixing_gram, sweep_components
 from hyperfade.errors import FitError
 
 _PROGRESS = 1e-5  # a sweep that lowers the error by a smaller share than this is the last
+_CANCELLED = 1e-7  # an error below this share of the energies it is the difference of is not taken from them
 _JOINT_SOLVE_LIMIT = 4096  # unknowns per output row up to which all components are solved for at once
 
 
@@ -169,44 +170,65 @@ def _start(algebra: Algebra, target: Tensor) -> Fit:
     return Fit(algebra, torch.empty(0), algebra.structure().to(**like), None, None, None, ())
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What stays the same through all sweeps: W (k, d), C (d, d) also as (n, d/n, n, d/n), W C in blocks, tr(W C Wᵀ)."""
+
+    target: Tensor
+    moment: Tensor
+    moment4: Tensor
+    cross: Tensor
+    whole: float
+
+
+@dataclass(frozen=True)
+class _State:
+    """A fit with the statistics M (r, n, r, n) and N (n, r, n) of its components, and its relative output error."""
+
+    fit: Fit
+    gram: Tensor
+    right_side: Tensor
+    error: float
+
+
 def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -> Fit:
     """Alternating least squares from the best of `starts` (their mixing); stops early when nothing is gained."""
     algebra = starts[0].algebra
-    n = algebra.n
-    m = target.shape[1] // n
-    moment4 = moment.view(n, m, n, m)
-    cross = blocks(target @ moment, n)
-    solved = [_update_components(start, moment4, cross) for start in starts]
-    firsts = [_fit_error(target, candidate, moment) for candidate in solved]
-    errors = [min(firsts)]
-    best = solved[firsts.index(errors[0])]
-    for _ in range(sweeps if algebra.trainable else 0):
-        current = _update_components(_update_mixing(best, moment4, cross), moment4, cross)
-        error = _fit_error(target, current, moment)
-        if not error < errors[-1]:
+    n, m = algebra.n, target.shape[1] // algebra.n
+    product = target @ moment
+    whole = torch.sum(product * target).item()
+    problem = _Problem(target, moment, moment.view(n, m, n, m), blocks(product, n), whole)
+    best = min((_state(_update_components(start, problem), problem) for start in starts), key=lambda state: state.error)
+    errors = [best.error]
+    for _ in range(sweeps if algebra.trainable or algebra.size * m > _JOINT_SOLVE_LIMIT else 0):
+        current = _state(_update_components(_update_mixing(best), problem), problem)
+        if not current.error < best.error:
             break
         best = current
-        errors.append(error)
-        if errors[-2] - error <= _PROGRESS * error:
+        errors.append(best.error)
+        if errors[-2] - errors[-1] <= _PROGRESS * errors[-1]:
             break
-    return replace(best, errors=tuple(errors))
+    return replace(best.fit, errors=tuple(errors))
 
 
-def _fit_error(target: Tensor, fit: Fit, moment: Tensor) -> float:
-    """The relative output error of a fit without companion, one block row of Ŵ at a time."""
-    mixing = fit.mixing_matrices
-    rows = target.shape[0] // fit.algebra.n
-    error = whole = 0.0
-    for a, dense in enumerate(target.split(rows)):
-        light = torch.einsum("rb,roi->obi", mixing[:, a], fit.components).reshape(rows, -1)
-        error += energy(dense - light, moment)
-        whole += energy(dense, moment)
-    return relative(error, whole)
+def _state(fit: Fit, problem: _Problem) -> _State:
+    """The statistics of a fit's components, and its error: tr(W C Wᵀ) − 2 ⟨N, B⟩ + ⟨B, M B⟩.
+
+    Where so little is left that rounding would show in the difference, the error is worked out from W − Ŵ.
+    """
+    t, b = fit.components, fit.mixing_matrices
+    gram = mixing_gram(t, problem.moment4)
+    right_side = torch.einsum("roi,aobi->arb", t, problem.cross)
+    quadratic = torch.einsum("rab,rbsc,sac->rs", b, gram, b)
+    rest = problem.whole - 2 * torch.einsum("arb,rab->", right_side, b).item() + quadratic.sum().item()
+    if rest > _CANCELLED * (problem.whole + quadratic.abs().sum().item()):
+        return _State(fit, gram, right_side, relative(rest, problem.whole))
+    return _State(fit, gram, right_side, output_error(problem.target, kron_sum(b, t), problem.moment))
 
 
-def _update_components(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
+def _update_components(fit: Fit, problem: _Problem) -> Fit:
     """The best T (or S) for the mixing at hand: one solve of size t·d/n, or one of size d/n for each."""
-    b = fit.mixing_matrices
+    b, moment4, cross = fit.mixing_matrices, problem.moment4, problem.cross
     r, m = b.shape[0], moment4.shape[1]
     if r * m > _JOINT_SOLVE_LIMIT:
         known = fit.components if fit.components.numel() else cross.new_zeros(r, cross.shape[1], m)
@@ -218,17 +240,14 @@ def _update_components(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
     return replace(fit, components=solution.view(r, m, -1).transpose(1, 2).contiguous())
 
 
-def _update_mixing(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
+def _update_mixing(state: _State) -> Fit:
     """The best mixing for the components at hand: A in one solve of size t·n; Q, then P, in two."""
-    t = fit.components
-    r, n = t.shape[0], moment4.shape[0]
-    if r * t.shape[2] > _JOINT_SOLVE_LIMIT:
-        m = mixing_gram(t, moment4)
-    else:
-        m = torch.einsum("risj,bicj->rbsc", torch.einsum("roi,soj->risj", t, t), moment4)
-    right_side = torch.einsum("roi,aobi->arb", t, cross)
+    fit, m, right_side = state.fit, state.gram, state.right_side
+    if not fit.algebra.trainable:
+        return fit
+    n, r, _ = right_side.shape
     if fit.left is None or fit.right is None:
-        solution = solve_psd(m.reshape(r * n, r * n), right_side.reshape(n, r * n).T)
+        solution = solve_psd(m.reshape(r * n, r * n).clone(), right_side.reshape(n, r * n).T)
         return replace(fit, mixing=solution.view(r, n, n).permute(0, 2, 1).contiguous())
     p = fit.left
     gram = (torch.einsum("ra,sa->rs", p, p)[:, None, :, None] * m).reshape(r * n, r * n)
@@ -236,9 +255,12 @@ def _update_mixing(fit: Fit, moment4: Tensor, cross: Tensor) -> Fit:
     gram = torch.einsum("rb,rbsc,sc->rs", q, m, q)
     p = solve_psd(gram, torch.einsum("rb,arb->ra", q, right_side))
     # scale is free between P, Q and T: unit rows keep all three in range, in any dtype
-    return replace(fit, left=_unit_rows(p), right=_unit_rows(q))
+    p, p_norms = _unit_rows(p)
+    q, q_norms = _unit_rows(q)
+    return replace(fit, left=p, right=q, components=fit.components * (p_norms * q_norms)[:, :, None])
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x with rows of norm 1 (zero stays zero), and the norms (rows, 1)."""
     norms = x.norm(dim=1, keepdim=True)
-    return x / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return x / torch.where(norms > 0, norms, torch.ones_like(norms)), norms

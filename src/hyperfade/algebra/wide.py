@@ -1,8 +1,12 @@
 """The two statistics of `fit.py` for layers too wide for one joint solve.
 
 A joint solve for all components needs a second and a third matrix of C's size, and time cubic in d. Here each component
-is solved for while the others rest (block coordinate descent): systems of size d/n, and no memory of C's size beyond C.
+is solved for while the others rest (block coordinate descent), and the alternation with the mixing around it does the
+rest: n systems of size d/n, which is n² times less arithmetic, and the memory of one row of blocks, R/n² of C's size.
 Where P's rows are orthogonal, as they are at the start, one pass is the joint optimum.
+
+Both statistics contract C with something small from both sides, so what they cost is reading C: it is read once, in
+strips that fit the cache.
 """
 
 import torch
@@ -10,7 +14,8 @@ from torch import Tensor
 
 from hyperfade.algebra.moments import solve_psd
 
-_PASSES = 2
+_STRIP = 64  # rows of every block of C handled at a time
+_ORTHOGONAL = 1e-12  # mixing matrices whose overlap is below this share of their norms do not touch each other
 
 
 def sweep_components(mixing: Tensor, components: Tensor, moment4: Tensor, cross: Tensor) -> Tensor:
@@ -18,36 +23,45 @@ def sweep_components(mixing: Tensor, components: Tensor, moment4: Tensor, cross:
 
     moment4: C as (n, d/n, n, d/n); cross: W C as (n, k/n, n, d/n).
     """
-    pairs = torch.einsum("rab,sac->rsbc", mixing, mixing)
     result = components.clone()
-    for _ in range(_PASSES):
-        for r in range(len(result)):
-            right_side = torch.einsum("ab,aobi->io", mixing[r], cross)
-            for s in range(len(result)):
-                if s != r and pairs[r, s].any():
-                    right_side -= _weighted_sum(pairs[r, s], moment4) @ result[s].T
-            result[r] = solve_psd(_weighted_sum(pairs[r, r], moment4), right_side).T
+    for r in range(len(result)):
+        overlaps = torch.einsum("ab,sac->sbc", mixing[r], mixing)
+        others = [s for s in _touching(overlaps, mixing, r) if s != r and result[s].any()]
+        gram, *beside = _weighted_sums(overlaps[[r, *others]], moment4)
+        right_side = torch.einsum("ab,aobi->io", mixing[r], cross)
+        for s, block in zip(others, beside, strict=True):
+            right_side.addmm_(block, result[s].T, alpha=-1)
+        result[r] = solve_psd(gram, right_side).T
     return result
 
 
 def mixing_gram(components: Tensor, moment4: Tensor) -> Tensor:
-    """M[r, b, s, c] = Σ_oij T[r,o,i] C[b,i,c,j] T[s,o,j], (r, n, r, n)."""
+    """M[r, b, s, c] = Σ_oij T[r,o,i] C[b,i,c,j] T[s,o,j], (r, n, r, n).
+
+    M is symmetric: what i < j contributes, transposed, is what i > j does. So only half of it is worked out.
+    """
     r, n = len(components), len(moment4)
-    gram = components.new_empty(r, n, r, n)
-    for i in range(r):
-        for j in range(r):
-            overlap = components[i].T @ components[j]
-            for b in range(n):
-                for c in range(n):
-                    gram[i, b, j, c] = (overlap * moment4[b, :, c]).sum()
-    return gram
+    half = components.new_zeros(r, n, r, n)
+    for first in range(0, components.shape[2], _STRIP):
+        strip = slice(first, first + _STRIP)
+        overlap = torch.einsum("roi,soj->risj", components[:, :, strip], components[:, :, first:])
+        overlap[..., :_STRIP] /= 2  # i and j both in the strip: counted twice below
+        half += torch.einsum("risj,bicj->rbsc", overlap, moment4[:, strip, :, first:])
+    return half + half.permute(2, 3, 0, 1)
 
 
-def _weighted_sum(weights: Tensor, moment4: Tensor) -> Tensor:
-    """Σ_bc weights[b, c] C[b, :, c, :], (d/n, d/n)."""
-    n = len(moment4)
-    total = torch.zeros_like(moment4[0, :, 0])
-    for b in range(n):
-        for c in range(n):
-            total.add_(moment4[b, :, c], alpha=weights[b, c].item())
-    return total
+def _touching(overlaps: Tensor, mixing: Tensor, r: int) -> list[int]:
+    """The s whose mixing matrices overlap with those of r: A_rᵀ A_s ≠ 0."""
+    norms = mixing.flatten(1).norm(dim=1)
+    return (overlaps.flatten(1).norm(dim=1) > _ORTHOGONAL * norms[r] * norms).nonzero().flatten().tolist()
+
+
+def _weighted_sums(weights: Tensor, moment4: Tensor) -> Tensor:
+    """Σ_bc weights[s, b, c] C[b, :, c, :], (s, d/n, d/n), for weights (s, n, n)."""
+    n, m = moment4.shape[:2]
+    sums = moment4.new_zeros(m, len(weights), m)
+    for first in range(0, m, _STRIP):
+        strip = sums[first : first + _STRIP]
+        for b in range(n):
+            strip.baddbmm_(weights[:, b].expand(len(strip), -1, -1), moment4[b, first : first + _STRIP])
+    return sums.transpose(0, 1)
