@@ -24,7 +24,7 @@ from hyperfade.measure import device, machine
 from hyperfade.measure.speed import time_alternately
 from hyperfade.nn import PHMLinear
 from hyperfade.nn.execution import Prices, candidates, execution, prices, processor
-from hyperfade.nn.forms import mixed, mixed_by_sums
+from hyperfade.nn.forms import mixed, mixed_by_sums, sliced
 from hyperfade.workspace import write_json
 
 PRICES = Path(__file__).parents[1] / "src" / "hyperfade" / "nn" / "prices.json"
@@ -56,11 +56,14 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
     small, wide, tall = random(1, 4, 384), random(256, 4, 2752), random(512, 2048)
     mixing, weight, tiny_weight = random(4, 4), random(2752, 2048), random(256, 256)
     streamed, one = [random(11008, 2048) for _ in range(8)], random(1, 2048)
+    few, stream_bytes = random(4, 2048), sum(w.nbytes for w in streamed)
     times = time_alternately(
         {
             "tiny product": partial(F.linear, one[:, :256], tiny_weight),
             "product": partial(F.linear, tall, weight),
             "stream": lambda: [F.linear(one, w) for w in streamed],
+            "few rows": lambda: [F.linear(few, w) for w in streamed],
+            "few rows sliced": lambda: [sliced(few, w) for w in streamed],
             "small mix": partial(mixed, small, mixing),
             "wide mix": partial(mixed, wide, mixing),
             "small sum": partial(mixed_by_sums, small, mixing),
@@ -73,7 +76,9 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
     price = Prices(
         product_call=seconds["tiny product"],
         multiply_add=seconds["product"] / (tall.numel() * len(weight)),
-        weight_byte=seconds["stream"] / sum(w.nbytes for w in streamed),
+        weight_byte=seconds["stream"] / stream_bytes,
+        few_rows_weight_byte=seconds["few rows"] / stream_bytes,
+        few_rows_sliced_byte=seconds["few rows sliced"] / stream_bytes,
         small_product_call=seconds["small mix"],
         small_product_element=(seconds["wide mix"] - seconds["small mix"]) / wide.numel(),
         sum_call=seconds["small sum"] / 4,

@@ -80,6 +80,17 @@ def test_the_choice_is_what_costs_least() -> None:
                 assert cost[replace(chosen, chunk=None)] == min(cost.values())
 
 
+def test_slices_run_where_few_rows_are_dear_and_only_there() -> None:
+    dear = Prices(1e-5, 1e-11, 1e-10, 3e-10, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
+    learned = Algebra.learned(4)
+
+    def form(tokens: int) -> str:
+        cost = {h: seconds(h, learned, 2048, 11008, tokens, torch.float32, dear) for h in candidates(learned)}
+        return min(cost, key=cost.__getitem__).form
+
+    assert [form(tokens) for tokens in (1, 8, 9, 512)] == ["slices", "slices", "core", "core"]
+
+
 def test_the_same_arguments_give_the_same_choice() -> None:
     arguments = (PRODUCTS, 2048, 11008, 512, torch.bfloat16, "cpu AVX2")
     first = execution(*arguments)
@@ -90,7 +101,7 @@ def test_the_same_arguments_give_the_same_choice() -> None:
 
 
 def test_arithmetic_decides_with_many_tokens_and_calls_with_few() -> None:
-    arithmetic = Prices(1e-5, 1e-11, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
+    arithmetic = Prices(1e-5, 1e-11, 1e-10, 1e-10, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
     complex_ = Algebra.named("complex")
 
     def choice(tokens: int) -> Execution:

@@ -6,6 +6,7 @@ shapes and keeps how much slower than the best form the choice was.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -17,14 +18,16 @@ from hyperfade.algebra import Algebra
 from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
 
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
+_FEW_ROWS = 32  # up to which a product waits for its weights
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
 @dataclass(frozen=True)
 class Execution:
-    """core: mix around the one core; products: R products. chunk: tokens handled at a time, None for all at once."""
+    """core: mix around the one core; slices: the same with the core in slices; products: R products. chunk: tokens
+    handled at a time, None for all at once."""
 
-    form: Literal["core", "products"]
+    form: Literal["core", "slices", "products"]
     mixing: Mixing
     chunk: int | None = None
 
@@ -36,6 +39,8 @@ class Prices:
     product_call: float  # fixed price of a matrix product
     multiply_add: float
     weight_byte: float  # streamed from memory
+    few_rows_weight_byte: float  # streamed from memory by a product with 2 to 32 rows
+    few_rows_sliced_byte: float  # the same in slices
     small_product_call: float  # fixed price of mixing by a matrix product
     small_product_element: float  # written
     sum_call: float  # fixed price of an elementwise operation
@@ -89,9 +94,8 @@ def candidates(algebra: Algebra) -> tuple[Execution, ...]:
     """Every form that computes layers of this algebra exactly, unchunked."""
     if algebra.form == "products":
         return Execution("products", "matmul"), Execution("products", "sums")
-    forms = [Execution("core", "matmul")]
-    if not algebra.trainable:
-        forms.append(Execution("core", "sums"))
+    ways: tuple[Mixing, ...] = ("matmul",) if algebra.trainable else ("matmul", "sums")
+    forms = [Execution(form, mixing) for form in ("core", "slices") for mixing in ways]
     if fixed_factors(algebra) is not None:
         forms.append(Execution("products", "sums"))
     return tuple(forms)
@@ -118,7 +122,13 @@ def seconds(
         if factors is not None:
             total += price.sums(_operations(factors.u), _operations(factors.u) * d * k)
     else:
-        total = price.products(1, n * size * tokens * d * k, stored_bytes)
+        rows, few = n * tokens, 1 < n * tokens <= _FEW_ROWS
+        byte = price.few_rows_weight_byte if how.form == "core" else price.few_rows_sliced_byte
+        total = price.products(1, size * rows * d * k, stored_bytes)
+        if few:
+            total = max(total, price.product_call + stored_bytes * byte)
+        elif how.form == "slices":
+            return math.inf
         mix_in = in_features <= out_features
         mixes = [_Mix(tokens * d, n, n * size) if mix_in else _Mix(tokens * k, n * size, n)]
         fixed = fixed_rows(algebra, mix_in)

@@ -5,11 +5,14 @@
     batched    u[r] = Σ_b Q[r,b] x[b]         z[r] = T_r u[r]    y[a] = Σ_r P[r,a] z[r]     R products in one call
     separate   the same, product by product, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
 
+A core may also run in slices of its outputs, as one batched product: what has few rows is slow in some libraries.
+
 Mixing moves M·n small blocks and is bound by memory and by the cost of a call, not by arithmetic. Two ways: one tiny
 matrix product over the blocks, or a running sum over them. Where the coefficients are known numbers (`Rows`), the sum
 leaves out zeros and is a mere view where one coefficient of 1 is all there is.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from hyperfade.algebra import Algebra
 
+_SLICES = 8  # with more, a slice gets too small to be read at full speed
 Mixing = Literal["matmul", "sums"]
 Rows = tuple[tuple[float, ...], ...]
 
@@ -69,8 +73,15 @@ def mix_out(x: Tensor, mixing: Tensor | Rows, core: Callable[[Tensor], Tensor]) 
     """x (M, n, d/n), core d/n → t·k/n, mixing (n, n·t): y (M, k)."""
     z = core(x)
     rows = len(mixing[0]) // len(mixing)
-    z = z.view(len(z), x.shape[1] * rows, z.shape[2] // rows)
+    z = z.reshape(len(z), x.shape[1] * rows, z.shape[2] // rows)
     return mixed(z, mixing).flatten(1) if isinstance(mixing, Tensor) else torch.cat(combined(z.unbind(1), mixing), 1)
+
+
+def sliced(u: Tensor, weight: Tensor) -> Tensor:
+    """What `F.linear(u, weight)` gives for u (..., d) and weight (k, d), as a batch of products."""
+    rows, count = u.reshape(-1, u.shape[-1]), math.gcd(len(weight), _SLICES)
+    slices = weight.view(count, len(weight) // count, -1).transpose(1, 2)
+    return torch.bmm(rows.expand(count, *rows.shape), slices).transpose(0, 1).reshape(*u.shape[:-1], len(weight))
 
 
 def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tensor:

@@ -19,6 +19,7 @@ The core is exactly an `nn.Linear`, because quantizers, adapters and exporters k
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,7 +27,17 @@ from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
 from hyperfade.nn.execution import Execution, execution, processor
-from hyperfade.nn.forms import FixedFactors, batched, combined, fixed_factors, fixed_rows, mix_in, mix_out, separate
+from hyperfade.nn.forms import (
+    FixedFactors,
+    batched,
+    combined,
+    fixed_factors,
+    fixed_rows,
+    mix_in,
+    mix_out,
+    separate,
+    sliced,
+)
 from hyperfade.nn.low_rank import LowRankLinear
 
 _COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
@@ -216,10 +227,11 @@ class PHMLinear(nn.Module):
             return batched(x, self.P, self.Q, self.T, how.mixing)
         if how.form == "products" and self.fixed_factors is not None:
             return separate(x, self.fixed_factors, self._product_weights(self.fixed_factors))
+        core = partial(sliced, weight=self.core.weight) if how.form == "slices" else self.core
         fixed = self.fixed_mixing if how.mixing == "sums" else None
         if self.mixes_in:
-            return mix_in(x, fixed or self.A.transpose(0, 1).reshape(n * t, n), self.core)
-        return mix_out(x, fixed or self.A.permute(1, 2, 0).reshape(n, n * t), self.core)
+            return mix_in(x, fixed or self.A.transpose(0, 1).reshape(n * t, n), core)
+        return mix_out(x, fixed or self.A.permute(1, 2, 0).reshape(n, n * t), core)
 
     def _product_weights(self, factors: FixedFactors) -> list[Tensor]:
         """T_r = Σ_i U[r, i] S_i: made anew at every call, or kept where `keep_derived_` asked for it."""
