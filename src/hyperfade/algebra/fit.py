@@ -172,7 +172,7 @@ def _start(algebra: Algebra, target: Tensor) -> Fit:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What stays the same through all sweeps: W (k, d), C (d, d) also as (n, d/n, n, d/n), W C in blocks, tr(W C Wᵀ)."""
+    """What no sweep changes: W (k, d), C (d, d), the same C as (n, d/n, n, d/n), W C in blocks, tr(W C Wᵀ)."""
 
     target: Tensor
     moment: Tensor
