@@ -28,11 +28,11 @@ def trained_like(k: int, d: int) -> Tensor:
 
 
 def inputs_like(tokens: int, d: int) -> Tensor:
-    """x (tokens, d), float32: a falling spectrum, log-normal scales, and three features a thousandfold in 1% of x."""
+    """x (tokens, d), float32: a falling spectrum, log-normal scales, and three features a thousandfold in 0.1% of x."""
     directions = min(d, 1024)
     x = torch.randn(tokens, directions) * torch.logspace(0, -2, directions) @ torch.randn(directions, d) / 8
     x = (x + 0.1 * torch.randn(tokens, d)) * torch.randn(d).exp()
-    x[: tokens // 100, : 3 * (d // 5) : d // 5] *= 1000
+    x[: tokens // 1000 + 1, : 3 * (d // 5) : d // 5] *= 1000
     return x
 
 
@@ -68,20 +68,21 @@ def counter() -> FlopCounterMode:
 
 def measured(weight: Tensor, moment: Tensor, algebra: Algebra, sweeps: int, repeats: int) -> dict[str, Any]:
     """The fit of one matrix: the fastest of `repeats`, its errors after each sweep, and the arithmetic it took."""
-    seconds = []
+    cells = []
     for _ in range(repeats):
         start = time.perf_counter()
         with counter() as count:
-            result = fit(weight, algebra, moment, sweeps=sweeps, ridge=0)
-            assert result.error < 1  # a number on the host: an accelerator has finished
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": min(seconds),
-        "sweeps": len(result.errors) - 1,
-        "error": result.error,
-        "errors": result.errors,
-        "gflop": count.get_total_flops() / 1e9,
-    }
+            result = fit(weight, algebra, moment, sweeps=sweeps, ridge=0)  # its errors are on the host: all is done
+        cells.append(
+            {
+                "seconds": time.perf_counter() - start,
+                "sweeps": len(result.errors) - 1,
+                "error": result.error,
+                "errors": result.errors,
+                "gflop": count.get_total_flops() / 1e9,
+            }
+        )
+    return min(cells, key=lambda cell: cell["seconds"])
 
 
 def main() -> None:

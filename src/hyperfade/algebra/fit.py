@@ -27,7 +27,7 @@ from hyperfade.algebra.bases import Algebra
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank
 from hyperfade.algebra.moments import conditioned, output_error, relative, solve_psd
-from hyperfade.algebra.wide import mixing_gram, sweep_components
+from hyperfade.algebra.wide import mixing_gram, sweep_components, weighted_sums
 from hyperfade.errors import FitError
 
 _PROGRESS = 1e-5  # a sweep that lowers the error by a smaller share than this is the last
@@ -200,15 +200,39 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
     problem = _Problem(target, moment, moment.view(n, m, n, m), blocks(product, n), whole)
     best = min((_state(_update_components(start, problem), problem) for start in starts), key=lambda state: state.error)
     errors = [best.error]
+    reach = 1
     for _ in range(sweeps if algebra.trainable or algebra.size * m > _JOINT_SOLVE_LIMIT else 0):
-        current = _state(_update_components(_update_mixing(best), problem), problem)
+        mixed = _update_mixing(best)
+        current = _state(_update_components(_beyond(best.fit, mixed, reach), problem), problem)
+        if reach > 1 and not current.error < best.error:
+            reach = 1
+            current = _state(_update_components(mixed, problem), problem)
         if not current.error < best.error:
             break
         best = current
         errors.append(best.error)
+        reach *= 2
         if errors[-2] - errors[-1] <= _PROGRESS * errors[-1]:
             break
     return replace(best.fit, errors=tuple(errors))
+
+
+def _beyond(old: Fit, new: Fit, reach: int) -> Fit:
+    """`new`, its mixing `reach` times as far from the old one: plain steps creep along narrow valleys."""
+    if reach == 1 or not new.algebra.trainable:
+        return new
+    if new.left is None or new.right is None:
+        return replace(new, mixing=torch.lerp(old.mixing_matrices, new.mixing_matrices, reach))
+    assert old.left is not None
+    assert old.right is not None
+    left, right = _along(old.left, new.left, reach), _along(old.right, new.right, reach)
+    return replace(new, left=left, right=right)
+
+
+def _along(old: Tensor, new: Tensor, reach: int) -> Tensor:
+    """Unit rows, `reach` times as far from the old as the new are; a row and its negative are the same."""
+    signs = torch.where((old * new).sum(1, keepdim=True) < 0, -1.0, 1.0).to(old)
+    return _unit_rows(torch.lerp(old * signs, new, reach))[0]
 
 
 def _state(fit: Fit, problem: _Problem) -> _State:
@@ -218,7 +242,7 @@ def _state(fit: Fit, problem: _Problem) -> _State:
     """
     t, b = fit.components, fit.mixing_matrices
     gram = mixing_gram(t, problem.moment4)
-    right_side = torch.einsum("roi,aobi->arb", t, problem.cross)
+    right_side = torch.stack([(t.transpose(0, 1) @ band.transpose(1, 2)).sum(0) for band in problem.cross])
     quadratic = torch.einsum("rab,rbsc,sac->rs", b, gram, b)
     rest = problem.whole - 2 * torch.einsum("arb,rab->", right_side, b).item() + quadratic.sum().item()
     if rest > _CANCELLED * (problem.whole + quadratic.abs().sum().item()):
@@ -233,9 +257,9 @@ def _update_components(fit: Fit, problem: _Problem) -> Fit:
     if r * m > _JOINT_SOLVE_LIMIT:
         known = fit.components if fit.components.numel() else cross.new_zeros(r, cross.shape[1], m)
         return replace(fit, components=sweep_components(b, known, moment4, cross))
-    pairs = torch.einsum("rab,sac->rsbc", b, b)
-    gram = torch.einsum("rsbc,bicj->risj", pairs, moment4).reshape(r * m, r * m)
-    right_side = torch.einsum("rab,aobi->rio", b, cross).reshape(r * m, -1)
+    pairs = torch.einsum("rab,sac->rsbc", b, b).flatten(0, 1)
+    gram = weighted_sums(pairs, moment4).view(m, r, r, m).transpose(0, 1).reshape(r * m, r * m)
+    right_side = weighted_sums(b, cross).permute(1, 2, 0).reshape(r * m, -1)
     solution = solve_psd(gram, right_side)
     return replace(fit, components=solution.view(r, m, -1).transpose(1, 2).contiguous())
 

@@ -24,11 +24,12 @@ def sweep_components(mixing: Tensor, components: Tensor, moment4: Tensor, cross:
     moment4: C as (n, d/n, n, d/n); cross: W C as (n, k/n, n, d/n).
     """
     result = components.clone()
-    for r in range(len(result)):
+    passes = 1 if len(mixing) <= len(moment4) else 2  # more than n components cannot but overlap
+    for r in [*range(len(mixing))] * passes:
         overlaps = torch.einsum("ab,sac->sbc", mixing[r], mixing)
         others = [s for s in _touching(overlaps, mixing, r) if s != r and result[s].any()]
-        gram, *beside = _weighted_sums(overlaps[[r, *others]], moment4)
-        right_side = torch.einsum("ab,aobi->io", mixing[r], cross)
+        gram, *beside = weighted_sums(overlaps[[r, *others]], moment4).transpose(0, 1)
+        right_side = weighted_sums(mixing[r : r + 1], cross)[:, 0].T.contiguous()
         for s, block in zip(others, beside, strict=True):
             right_side.addmm_(block, result[s].T, alpha=-1)
         result[r] = solve_psd(gram, right_side).T
@@ -56,12 +57,15 @@ def _touching(overlaps: Tensor, mixing: Tensor, r: int) -> list[int]:
     return (overlaps.flatten(1).norm(dim=1) > _ORTHOGONAL * norms[r] * norms).nonzero().flatten().tolist()
 
 
-def _weighted_sums(weights: Tensor, moment4: Tensor) -> Tensor:
-    """Σ_bc weights[s, b, c] C[b, :, c, :], (s, d/n, d/n), for weights (s, n, n)."""
-    n, m = moment4.shape[:2]
-    sums = moment4.new_zeros(m, len(weights), m)
-    for first in range(0, m, _STRIP):
+def weighted_sums(weights: Tensor, blocks: Tensor) -> Tensor:
+    """Σ_ab weights[s, a, b] blocks[a, :, b, :], (rows, s, columns), of weights (s, n, n), blocks (n, rows, n, columns).
+
+    Contracts the outer indices of C or W C, which it reads once and never copies, as an einsum over both would.
+    """
+    rows, columns = blocks.shape[1], blocks.shape[3]
+    sums = blocks.new_zeros(rows, len(weights), columns)
+    for first in range(0, rows, _STRIP):
         strip = sums[first : first + _STRIP]
-        for b in range(n):
-            strip.baddbmm_(weights[:, b].expand(len(strip), -1, -1), moment4[b, first : first + _STRIP])
-    return sums.transpose(0, 1)
+        for a, band in enumerate(blocks):
+            strip.baddbmm_(weights[:, a].expand(len(strip), -1, -1), band[first : first + _STRIP])
+    return sums
