@@ -1,7 +1,7 @@
 """Seconds of the calibrated fit of one FFN: python benchmarks/fit_speed.py [--algebras products-4 learned-4 ...]
 
 The matrices have the shapes of Qwen2.5-VL-3B's language model by default: gate (up costs the same) and down. Weights
-are random plus a low-rank part, as trained ones are. Inputs have a falling spectrum, features of unequal scale, a few
+are random plus a low-rank and a hypercomplex part, so that sweeps have something to find. Inputs have a falling spectrum, features of unequal scale, a few
 massive activations, and fewer tokens than the down projection has features, so its second moment is singular but for
 the ridge. Floating-point operations are those of the matrix products, factorisations and solves that really ran.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hyperfade.algebra import Algebra, SecondMoment, fit, low_rank, rank_for, ridge_
+from hyperfade.algebra import Algebra, SecondMoment, fit, kron_sum, low_rank, rank_for, ridge_
 from hyperfade.measure import device, machine
 from hyperfade.workspace import write_json
 
@@ -23,8 +23,10 @@ RIDGE = 1e-6  # the default of a recipe
 
 
 def trained_like(k: int, d: int) -> Tensor:
-    """W (k, d), float32: as much energy in 64 directions as in noise."""
-    return (torch.randn(k, d) + torch.randn(k, 64) @ torch.randn(64, d) / 8) / d**0.5
+    """W (k, d), float32: equal energies in noise, in 64 directions, and in a product form near, not at, the start."""
+    p, q = (rows.float() + 0.2 * torch.randn(4, 4) for rows in Algebra.products(4).starting_products())
+    structure = 2 * kron_sum(p[:, :, None] * q[:, None, :], torch.randn(4, k // 4, d // 4))
+    return (torch.randn(k, d) + torch.randn(k, 64) @ torch.randn(64, d) / 8 + structure) / d**0.5
 
 
 def inputs_like(tokens: int, d: int) -> Tensor:

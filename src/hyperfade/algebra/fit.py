@@ -30,7 +30,8 @@ from hyperfade.algebra.moments import conditioned, output_error, relative, solve
 from hyperfade.algebra.wide import mixing_gram, sweep_components, weighted_sums
 from hyperfade.errors import FitError
 
-_PROGRESS = 1e-5  # a sweep that lowers the error by a smaller share than this is the last
+_NO_GAIN = 1e-5  # a sweep that lowers the error by a smaller share than this is the last
+_SMALL_GAIN = 5e-4  # and so is one below this that gains less than the one before, once the sweeps reach far
 _CANCELLED = 1e-7  # an error below this share of the energies it is the difference of is not taken from them
 _JOINT_SOLVE_LIMIT = 4096  # unknowns per output row up to which all components are solved for at once
 
@@ -200,7 +201,7 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
     problem = _Problem(target, moment, moment.view(n, m, n, m), blocks(product, n), whole)
     best = min((_state(_update_components(start, problem), problem) for start in starts), key=lambda state: state.error)
     errors = [best.error]
-    reach = 1
+    reach, gain = 1, 1.0
     for _ in range(sweeps if algebra.trainable or algebra.size * m > _JOINT_SOLVE_LIMIT else 0):
         mixed = _update_mixing(best)
         current = _state(_update_components(_beyond(best.fit, mixed, reach), problem), problem)
@@ -212,7 +213,8 @@ def _alternate(target: Tensor, moment: Tensor, starts: list[Fit], sweeps: int) -
         best = current
         errors.append(best.error)
         reach *= 2
-        if errors[-2] - errors[-1] <= _PROGRESS * errors[-1]:
+        last, gain = gain, 1 - errors[-1] / errors[-2]
+        if gain <= _NO_GAIN or (len(errors) > 3 and gain <= min(_SMALL_GAIN, last)):
             break
     return replace(best.fit, errors=tuple(errors))
 

@@ -1,12 +1,14 @@
 """Whitened low-rank factors (SVD-LLM, arXiv 2403.07378): the rival every PHM fit is printed beside."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hyperfade.algebra.moments import conditioned, output_error
+from hyperfade.algebra.moments import conditioned, output_error, relative
 from hyperfade.errors import FitError
+
+_CANCELLED = 1e-4  # a relative error below this is worked out from W − Ŵ: eigenvalues round
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,27 @@ def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None, *, 
     if not torch.isfinite(target).all():
         raise FitError(f"The weight ({k}, {d}) holds NaN or infinite values.", "Check the checkpoint it came from.")
     moment = conditioned(second_moment, d, ridge, target.device)
-    expand = _best_outputs(target, moment, rank)
-    reduce = expand.T @ target
-    fit = LowRankFit(expand, reduce, 0.0)
-    return LowRankFit(expand, reduce, output_error(target, fit.dense(), moment))
+    expand, values = _best_outputs(target, moment, rank)
+    fit = LowRankFit(expand, expand.T @ target, relative(values[:-rank].sum().item(), values.sum().item()))
+    if fit.error > _CANCELLED:
+        return fit
+    return replace(fit, error=output_error(target, fit.dense(), moment))
 
 
-def _best_outputs(target: Tensor, moment: Tensor | None, rank: int) -> Tensor:
+def _best_outputs(target: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """Orthonormal (k, rank): the left singular vectors of W C^½. Projecting W on them needs no inverse of C.
 
-    They are eigenvectors of W C Wᵀ (k, k); where d < k, a (d, d) problem gives them with less work.
+    They are eigenvectors of W C Wᵀ (k, k); where d < k, a (d, d) problem gives them with less work. The second tensor
+    holds the eigenvalues, rising: what the vectors left out are worth is the error, squared.
     """
     k, d = target.shape
     if k <= d:
         outer = target @ target.T if moment is None else target @ moment @ target.T
-        return torch.linalg.eigh(outer).eigenvectors[:, -rank:].flip(1)
+        values, vectors = torch.linalg.eigh(outer)
+        return vectors[:, -rank:].flip(1), values.clamp_min(0)
     root = target if moment is None else target @ _square_root(moment)
-    inner = torch.linalg.eigh(root.T @ root).eigenvectors[:, -rank:].flip(1)
-    return torch.linalg.qr(root @ inner).Q
+    values, vectors = torch.linalg.eigh(root.T @ root)
+    return torch.linalg.qr(root @ vectors[:, -rank:].flip(1)).Q, values.clamp_min(0)
 
 
 def _square_root(moment: Tensor) -> Tensor:
