@@ -11,6 +11,7 @@ The first layer computes both outputs and keeps the second's until the second as
 import torch
 from torch import Tensor
 
+from hyperfade.nn.forms import mixed
 from hyperfade.nn.phm import PHMLinear
 
 _FACTORS = ("P", "Q", "T")
@@ -77,9 +78,9 @@ class JointReading:
 def _outputs(x: Tensor, p: Tensor, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, n, d/n), P and Q (2R, n), T (2R, k/n, d/n): both layers' y (M, k)."""
     products = len(q) // 2
-    z = torch.bmm(torch.matmul(q, x).transpose(0, 1), t.transpose(1, 2)).transpose(0, 1)
+    z = torch.bmm(mixed(x, q).transpose(0, 1), t.transpose(1, 2)).transpose(0, 1)
     if len(x) == 1:  # then z is a matrix for each layer, and both mixes out are one call
-        first, second = torch.matmul(p.view(2, products, -1).transpose(1, 2), z.view(2, products, -1)).flatten(1)
+        first, second = torch.bmm(p.view(2, products, -1).transpose(1, 2), z.view(2, products, -1)).flatten(1)
         return first[None], second[None]
-    first, second = (torch.matmul(own.T, part) for own, part in zip(p.chunk(2), z.chunk(2, 1), strict=True))
+    first, second = (mixed(part, own.T) for own, part in zip(p.chunk(2), z.chunk(2, 1), strict=True))
     return first.flatten(1), second.flatten(1)
