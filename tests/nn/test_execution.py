@@ -78,7 +78,7 @@ def test_the_choice_is_what_costs_least() -> None:
 
 
 def test_slices_run_where_few_rows_are_dear_and_only_there() -> None:
-    dear = Prices(1e-5, 1e-11, 1e-10, 3e-10, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
+    dear = Prices(1e-5, 1e-11, 1e-10, 3e-10, 1e-10, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
     learned = Algebra.learned(4)
 
     def form(tokens: int) -> str:
@@ -98,7 +98,7 @@ def test_the_same_arguments_give_the_same_choice() -> None:
 
 
 def test_arithmetic_decides_with_many_tokens_and_calls_with_few() -> None:
-    arithmetic = Prices(1e-5, 1e-11, 1e-10, 1e-10, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
+    arithmetic = Prices(1e-5, 1e-11, 1e-10, 1e-10, 1e-10, 1e-10, 1e-5, 1e-10, 1e-5, 1e-10, None)
     complex_ = Algebra.named("complex")
 
     def choice(tokens: int) -> Execution:

@@ -41,6 +41,7 @@ class Prices:
     weight_byte: float  # streamed from memory
     few_rows_weight_byte: float  # streamed from memory by a product with 2 to 32 rows
     few_rows_sliced_byte: float  # the same in slices
+    derived_byte: float  # of a sum of two weights, written to memory of its own
     small_product_call: float  # fixed price of mixing by a matrix product
     small_product_element: float  # written
     sum_call: float  # fixed price of an elementwise operation
@@ -120,7 +121,7 @@ def seconds(
         mixes = [_Mix(tokens * d, n, count), _Mix(tokens * k, count, n)]
         rows = None if factors is None else (factors.q, factors.p)
         if factors is not None:
-            total += price.sums(_operations(factors.u), _operations(factors.u) * d * k)
+            total += _operations(factors.u) * (price.sum_call + d * k * dtype.itemsize * price.derived_byte)
     else:
         rows, few = n * tokens, 1 < n * tokens <= _FEW_ROWS
         byte = price.few_rows_weight_byte if how.form == "core" else price.few_rows_sliced_byte
