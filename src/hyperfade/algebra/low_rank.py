@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyperfade.algebra.moments import conditioned, output_error, relative
+from hyperfade.algebra.moments import conditioned, in_float64, output_error, relative
 from hyperfade.errors import FitError
 
 _CANCELLED = 1e-4  # a relative error below this is worked out from W − Ŵ: eigenvalues round
@@ -30,7 +30,7 @@ def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None, *, 
     Raises `FitError` for a rank outside 1..min(k, d) and for NaN or infinite numbers.
     """
     k, d = weight.shape
-    target = weight.detach().double()
+    target = in_float64(weight)
     if not 1 <= rank <= min(k, d):
         raise FitError(f"Rank {rank} is outside 1..{min(k, d)} for a ({k}, {d}) weight.", "Ask for another fraction.")
     if not torch.isfinite(target).all():

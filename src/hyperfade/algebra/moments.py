@@ -17,12 +17,12 @@ class SecondMoment:
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(features, features, dtype=torch.float64, device=_float64_device(torch.device(device)))
         self.num_tokens = 0
 
     def add_(self, inputs: Tensor) -> None:
         """Add tokens: inputs (..., features)."""
-        tokens = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._sum)
+        tokens = in_float64(inputs).reshape(-1, inputs.shape[-1]).to(self._sum.device)
         self._sum.addmm_(tokens.T, tokens)
         self.num_tokens += tokens.shape[0]
 
@@ -33,6 +33,15 @@ class SecondMoment:
         result = self._sum.div_(self.num_tokens)
         self._sum, self.num_tokens = torch.zeros_like(result[:0]), 0
         return result
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """x, detached, in float64 where it lies, or on the CPU where its device has no float64 (Apple's)."""
+    return x.detach().to(_float64_device(x.device)).double()
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def conditioned(second_moment: Tensor | None, features: int, ridge: float, device: torch.device) -> Tensor | None:
@@ -48,7 +57,7 @@ def conditioned(second_moment: Tensor | None, features: int, ridge: float, devic
             f"The second moment has shape {tuple(second_moment.shape)}, the layer reads {features} features.",
             f"Give E[x xᵀ] of shape ({features}, {features}).",
         )
-    moment = second_moment.detach().to(device=device, dtype=torch.float64)
+    moment = in_float64(second_moment).to(device)
     if not torch.isfinite(moment).all():
         raise FitError(
             "The second moment holds NaN or infinite values.", "Check the model's activations in this dtype."
