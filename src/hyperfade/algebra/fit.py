@@ -17,8 +17,8 @@ form, P_r Q_rᵀ in products form) and T_r the component, everything is built fr
 
 The error falls out of the same statistics, tr(W C Wᵀ) − 2 ⟨N, B⟩ + ⟨B, M B⟩, so W C is the only product with all of C.
 The mixing has few numbers and the components follow it, so a sweep may go further than its own solution: twice as far
-as the last one did, until that fails and the plain step is taken. Eight such sweeps end below thirty plain ones on the down
-projection of the encoder that the tests use.
+as the last one did, until that fails and the plain step is taken. Eight such sweeps end below thirty plain ones
+on the down projection of the encoder that the tests use.
 
 Everything runs in float64, where the weight lies: normal equations of few tokens have no digits to spare. The rival,
 whitened low-rank (SVD-LLM), is in `low_rank.py`, under the same objective.
