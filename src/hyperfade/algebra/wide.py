@@ -42,12 +42,16 @@ def mixing_gram(components: Tensor, moment4: Tensor) -> Tensor:
     M is symmetric: what i < j contributes, transposed, is what i > j does. So only half of it is worked out.
     """
     r, n = len(components), len(moment4)
-    half = components.new_zeros(r, n, r, n)
+    half = components.new_zeros(n, r * r, n)
     for first in range(0, components.shape[2], _STRIP):
         strip = slice(first, first + _STRIP)
-        overlap = torch.einsum("roi,soj->risj", components[:, :, strip], components[:, :, first:])
+        rows = components[:, :, strip].transpose(1, 2).flatten(0, 1)
+        overlap = (rows @ components[:, :, first:]).unflatten(1, (r, -1))  # (s, r, i, j)
         overlap[..., :_STRIP] /= 2  # i and j both in the strip: counted twice below
-        half += torch.einsum("risj,bicj->rbsc", overlap, moment4[:, strip, :, first:])
+        overlap = overlap.flatten(0, 1).transpose(0, 1)
+        for b, band in enumerate(moment4):
+            half[b] += (overlap @ band[strip, :, first:].transpose(1, 2)).sum(0)
+    half = half.view(n, r, r, n).permute(2, 0, 1, 3)
     return half + half.permute(2, 3, 0, 1)
 
 
@@ -63,9 +67,9 @@ def weighted_sums(weights: Tensor, blocks: Tensor) -> Tensor:
     Contracts the outer indices of C or W C, which it reads once and never copies, as an einsum over both would.
     """
     rows, columns = blocks.shape[1], blocks.shape[3]
-    sums = blocks.new_zeros(rows, len(weights), columns)
+    sums = blocks.new_empty(rows, len(weights), columns)
     for first in range(0, rows, _STRIP):
         strip = sums[first : first + _STRIP]
         for a, band in enumerate(blocks):
-            strip.baddbmm_(weights[:, a].expand(len(strip), -1, -1), band[first : first + _STRIP])
+            strip.baddbmm_(weights[:, a].expand(len(strip), -1, -1), band[first : first + _STRIP], beta=min(a, 1))
     return sums
