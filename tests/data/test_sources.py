@@ -15,7 +15,13 @@ from hyperfade.errors import DataError
 
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
 ANSWER = {"role": "assistant", "content": "a cat"}
-GOOD = {"messages": [USER, ANSWER], "images": ["pictures/cat.png"], "references": ["cat", "a cat"], "kind": "animal"}
+GOOD = {
+    "messages": [USER, ANSWER],
+    "images": ["pictures/cat.png"],
+    "references": ["cat", "a cat"],
+    "kind": "animal",
+    "task": "question",
+}
 
 
 @pytest.fixture
@@ -50,6 +56,7 @@ def test_easy_vqa() -> None:
     assert first.where == "easy-vqa test question 0"
     assert open_image(first.images[0], first.where).size == (64, 64)
     assert {example.kind for example in test} == {"yes/no", "shape", "color"}
+    assert {example.task for example in test} == {"question"}
     assert {e.references[0] for e in test if e.kind == "shape"} == {"circle", "rectangle", "triangle"}
 
 
@@ -73,12 +80,27 @@ def test_jsonl(folder: Path) -> None:
         where="train.jsonl line 1",
         references=("a cat", "cat"),
         kind="animal",
+        task="question",
     )
+    assert (source[1].kind, source[1].task) == ("", "")
     assert source[1].where == "train.jsonl line 4"
     assert source[-1].messages[1] == {"role": "user", "content": [{"type": "text", "text": "Hé? 🙂"}]}
     assert [example.where for example in source] == ["train.jsonl line 1", "train.jsonl line 4"]
     with pytest.raises(IndexError):
         source[2]
+
+
+@pytest.mark.parametrize(
+    ("listed", "references"),
+    [
+        (["cat", "cat", "a cat", "a cat", "dog"], ("a cat", "cat", "cat", "a cat", "dog")),
+        (["cat", "cat"], ("a cat", "cat", "cat")),
+        ([], ("a cat",)),
+    ],
+    ids=["the answer is listed", "it is not", "nothing is"],
+)
+def test_an_answer_counts_as_often_as_it_was_given(folder: Path, listed: list, references: tuple) -> None:
+    assert open_source(write(folder, GOOD | {"references": listed}))[0].references == references
 
 
 def test_sources_can_be_pickled(folder: Path) -> None:

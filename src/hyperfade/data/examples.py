@@ -42,9 +42,11 @@ class Example:
     where: str
     """The origin as errors name it, e.g. "train.jsonl line 17"."""
     references: tuple[str, ...]
-    """Accepted answers: the last assistant message first."""
+    """Accepted answers: the last assistant message first. An answer that several people gave may stand repeatedly."""
     kind: str = ""
-    """Kind of question or task, for scores per kind."""
+    """Kind of question, for scores per kind."""
+    task: str = ""
+    """What is asked for, which decides how answers are scored: question (also when empty), caption or reading."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Skipped:
 
 
 def read_row(row: Any, where: str, folder: Path) -> Example:
-    """The example in `row`, a mapping with `messages` and, optionally, `images`, `references` and `kind`.
+    """The example in `row`, a mapping with `messages` and, optionally, `images`, `references`, `kind` and `task`.
 
     Paths of images are relative to `folder`. Raises `DataError` that starts with `where` for anything else.
     """
@@ -87,7 +89,8 @@ def read_row(row: Any, where: str, folder: Path) -> Example:
     reason = fault(messages)
     if reason:
         raise DataError(f"{where}: {reason}.", ROW_HINT)
-    return Example(messages, tuple(images), where, _references(row, messages, where), str(row.get("kind") or ""))
+    kind, task = (str(row.get(key) or "") for key in ("kind", "task"))
+    return Example(messages, tuple(images), where, _references(row, messages, where), kind, task)
 
 
 def fault(messages: tuple[dict, ...]) -> str | None:
@@ -189,4 +192,7 @@ def _references(row: dict, messages: tuple[dict, ...], where: str) -> tuple[str,
     more = row.get("references") or []
     if not isinstance(more, list) or not all(isinstance(answer, str) for answer in more):
         raise DataError(f"{where}: references must be a list of texts.", 'For example "references": ["grey", "gray"].')
-    return tuple(dict.fromkeys([text_of(messages[-1]).strip(), *more]))
+    answer, others = text_of(messages[-1]).strip(), list(more)
+    if answer in others:  # it is one of those listed; how often each was given counts for VQA accuracy
+        others.remove(answer)
+    return (answer, *others)
