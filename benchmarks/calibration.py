@@ -46,7 +46,7 @@ def cell(layer: Layer, samples: int, ridge: float, questions: int) -> dict[str, 
         "samples": samples,
         "ridge": ridge,
         "held_out_kl": kl_divergence(student, wanted, 1.0).item(),
-        "exact_match": evaluate(model, processor, EVALUATION, limit=questions).overall.accuracy,
+        "exact_match": evaluate(model, processor, EVALUATION, limit=questions).overall.value,
         "layers": [asdict(one) for one in fitted],
     }
 

@@ -43,7 +43,7 @@ def cell(method: str, fade_share: float, args: argparse.Namespace) -> dict[str, 
     ]
     fit_(model, chosen, calibration, Fit(method=method))  # pyright: ignore[reportArgumentType]
     set_alpha_(model, 1)
-    before = evaluate(model, processor, EVALUATION, limit=args.questions).overall.accuracy
+    before = evaluate(model, processor, EVALUATION, limit=args.questions).overall.value
     set_alpha_(model, 0)
     fade_steps = round(fade_share * args.steps)
     train = Train(
@@ -67,7 +67,7 @@ def cell(method: str, fade_share: float, args: argparse.Namespace) -> dict[str, 
             on_step=lambda report: kl.append(report.kl),
         )
     seconds = time.perf_counter() - start
-    after = evaluate(model, processor, EVALUATION, limit=args.questions).overall.accuracy
+    after = evaluate(model, processor, EVALUATION, limit=args.questions).overall.value
     return {"before": before, "after": after, "kl_of_last_steps": statistics.mean(kl[-20:]), "train_seconds": seconds}
 
 

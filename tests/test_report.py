@@ -29,12 +29,19 @@ def test_the_plans_lines_add_up_to_the_plan() -> None:
     assert "at 32 bits" in "\n".join(plan_lines(the_plan, 4))
 
 
-def _score(accuracy: float) -> dict[str, Any]:
-    return {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "count": 1000}
+def _score(value: float, count: int = 1000) -> dict[str, Any]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "count": count}
+
+
+def _question(value: float) -> dict[str, Any]:
+    """One model's quality: questions about images and in text, of one kind."""
+    scores, few = ({"exact_match": _score(x, n), "vqa_accuracy": _score(x, n)} for x, n in ((value, 1000), (0.5, 10)))
+    by = {"by_kind": {"color": few}, "by_modality": {"image": scores, "text": few}}
+    return {"tasks": {"question": {"headline": "exact_match", "scores": scores, **by}}, "skipped": []}
 
 
 def _entry(after: float, errors: tuple[float | None, float | None]) -> dict[str, Any]:
-    dense, own = ({"overall": _score(x), "by_kind": {"color": _score(x)}, "skipped": []} for x in (0.8, after))
+    dense, own = _question(0.8), _question(after)
     speed = {
         "prefill_seconds": 0.01,
         "decode_seconds_per_token": 0.002,
@@ -91,13 +98,69 @@ def test_a_report_is_made_from_the_files_of_a_folder(steps: int, tmp_path: Path)
     for text in ("72.00%", "60.00%", "10.0 MB", "4.0 MB", "1.50×", "| model.a.fc1 |", "0.1235"):
         assert text in page
     assert "- x.jsonl line 3: image broken" in page
-    assert "| color | 1000 | 80.00% | 72.00% |" in page
+    many, few = ([f"{x:.2%} ({x - 0.1:.1%}-{x + 0.1:.1%})" for x in xs] for xs in ((0.8, 0.72, 0.6, 0.1), (0.5,) * 4))
+    for row in (
+        ["examples", "number", "metric (95 % interval)", "dense", "compressed", "low_rank", "random"],
+        ["all", "1000", "exact match", *many],
+        ["all", "1000", "VQA accuracy", *many],
+        ["kind color", "10", "exact match", *few],
+        ["with image", "1000", "exact match", *many],
+        ["text only", "10", "exact match", *few],
+    ):
+        assert f"| {' | '.join(row)} |" in page
+    assert "| kept | | exact match | 100.0% | 90.0% | 75.0% | 12.5% |" in page
+    assert "easy-vqa:test, 1,000 questions, greedy answers, exact match, Wilson interval." in page
     linked = re.findall(r"\((plots/[a-z]+\.png)\)", page)
     assert sorted(linked) == sorted(f"plots/{path.name}" for path in (tmp_path / "plots").iterdir())
     for name in linked:
         with Image.open(tmp_path / name) as image:
             image.load()
             assert image.format == "PNG"
+
+
+def _with_captions(details: dict[str, Any], cider: float) -> dict[str, Any]:
+    scores = {"cider": _score(cider, 50), "bleu4": _score(31.25, 50)}
+    caption = {"headline": "cider", "scores": scores, "by_kind": {}, "by_modality": {"image": scores}}
+    return details | {"tasks": details["tasks"] | {"caption": caption}}
+
+
+def test_every_task_has_its_table_and_its_column(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, {"low_rank": _entry(0.6, (0.2, 0.2))}, [])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for entry in (results, results["rivals"]["low_rank"]):
+        details = entry["quality"]["details"]
+        details["dense"] = _with_captions(details["dense"], 1.25)
+    own = results["quality"]["details"]
+    own["compressed"] = _with_captions(own["compressed"], 1.0)  # of the rival no caption could be used
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_report(folder)
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert re.findall("## Quality: (.*)", page) == ["question", "caption"]
+    for row in (
+        "| model | question: exact match (95 % interval) | caption: CIDEr (95 % interval) | kept, least of the tasks |",
+        "| **hyperfade** | 72.00% (62.0%-82.0%) | 1.000 (0.90-1.10) |",
+        "| low-rank, whitened | 60.00% (50.0%-70.0%) | - |",
+        "| all | 50 | CIDEr | 1.250 (1.15-1.35) | 1.000 (0.90-1.10) | - |",
+        "| all | 50 | BLEU-4 | 31.2 (31.1-31.4) | 31.2 (31.1-31.4) | - |",
+        "| kept | | CIDEr | 100.0% | 80.0% | - |",
+        "1,000 of task question, 50 of task caption, greedy answers; intervals are",
+    ):
+        assert row in page
+    assert len({line.count("|") for line in page.splitlines()[2:7]}) == 1
+
+
+def test_results_of_before_there_were_tasks_can_still_be_read(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, {}, [])
+    kept = Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json"
+    old = json.loads(kept.read_text(encoding="utf-8"))["quality"]["details"]["dense"]
+    assert "tasks" not in old
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results["quality"]["details"] = {"dense": old, "compressed": old}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_report(folder)
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| all | 2000 | exact match | 99.55% (99.1%-99.8%) | 99.55% (99.1%-99.8%) |" in page
+    assert "| kind color | 262 | exact match | 100.00% (98.6%-100.0%) | 100.00% (98.6%-100.0%) |" in page
 
 
 def test_nothing_left_out_is_said_as_well(tmp_path: Path) -> None:

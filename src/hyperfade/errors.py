@@ -54,5 +54,9 @@ class OutputError(HyperfadeError):
     """The output folder cannot be written, or holds something that is not ours."""
 
 
+class MissingLibraryError(HyperfadeError):
+    """What was asked for needs an optional library; the hint is the command that installs it."""
+
+
 class TrainingError(HyperfadeError):
     """The distillation cannot go on (a loss that is not finite, say); the last checkpoint is intact."""

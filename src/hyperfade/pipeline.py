@@ -6,6 +6,7 @@ Every stage leaves its result in the output folder and is skipped where it is th
 an interrupted run. Rivals of the recipe go through the same stages with the same data and budget.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -24,16 +25,20 @@ from hyperfade.hub import (
     load,
     load_processor,
     mark_,
+    metric_label,
     resolve,
     round_,
     save,
+    score_text,
     skeleton,
     takes_images,
+    tasks_of,
     verify_checkpoint,
 )
 from hyperfade.measure import (
     Quality,
     Speed,
+    check_tasks,
     compare_speed,
     device,
     disk_bytes,
@@ -129,7 +134,9 @@ def _checked(recipe: Recipe) -> Task:
         _matched_parameters(model, variant.train)
     processor, data = load_processor(recipe.model), recipe.data
     source = open_source(data.train, needs_images=takes_images(model.config), on_bad=data.on_bad_sample)
-    open_source(data.evaluation, on_bad=data.on_bad_sample)  # what is wrong with it is known now, not after training
+    # What is wrong with the evaluation is known now, not after training.
+    evaluation = open_source(data.evaluation, on_bad=data.on_bad_sample)
+    check_tasks(evaluation, limit=data.evaluation_limit, seed=recipe.seed)
     return Task(recipe, processor, source, Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample))
 
 
@@ -240,8 +247,9 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
         if not cached.exists():
             write_json(cached, asdict(_quality(model, task)))
         qualities[name] = read_json(cached)
-        overall = qualities[name]["overall"]
-        say(f"[{name}] exact match {overall['accuracy']:.2%} of {overall['count']} questions")
+        for asked, own in tasks_of(qualities[name]).items():
+            metric, score = own["headline"], own["scores"][own["headline"]]
+            say(f"[{name}] {asked}: {metric_label(metric)} {score_text(metric, score)} of {score['count']}")
     say("Measuring speed: all models in alternating rounds")
     prompt = task.prompt_batch([0])
     speeds = compare_speed(models, prompt)
@@ -289,14 +297,8 @@ def _entry(
     built: dict[str, Any], dense: dict[str, Any], own: dict[str, Any], dense_bytes: int, own_bytes: int, speed: Speed
 ) -> dict[str, Any]:
     """One variant's part of results.json."""
-    before, after = dense["overall"]["accuracy"], own["overall"]["accuracy"]
     return {
-        "quality": {
-            "dense": before,
-            "compressed": after,
-            "retention": after / before if before else None,
-            "details": {"dense": dense, "compressed": own},
-        },
+        "quality": _retention(dense, own) | {"details": {"dense": dense, "compressed": own}},
         "ffn_params_ratio": built["ffn_params_ratio"],
         "params_ratio": built["params_ratio"],
         "disk_bytes": {"dense": dense_bytes, "compressed": own_bytes},
@@ -308,6 +310,26 @@ def _entry(
         "training": built["training"],
         "layers": built["layers"],
         "kept_dense": built["kept_dense"],
+    }
+
+
+def _retention(dense: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of every task's headline, and the headlines of the task of which least is kept.
+
+    Where the dense model scores 0 there is nothing to keep: None, which counts as more than anything.
+    """
+    before, after = (
+        {task: scored["scores"][scored["headline"]]["value"] for task, scored in tasks_of(quality).items()}
+        for quality in (dense, own)
+    )
+    kept = {task: after[task] / value if value else None for task, value in before.items() if task in after}
+    least, _ = min(kept.items(), key=lambda item: math.inf if item[1] is None else item[1])
+    return {
+        "task": least,
+        "dense": before[least],
+        "compressed": after[least],
+        "retention": kept[least],
+        "retention_by_task": kept,
     }
 
 

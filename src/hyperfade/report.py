@@ -1,11 +1,12 @@
 """Results for people: the plan as lines, the report page, its plots. Reads files and writes files, measures nothing."""
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hyperfade.hub import footnote, table
+from hyperfade.hub import footnote, is_share, metric_label, score_rows, score_text, table, tasks_of
 from hyperfade.surgery import Plan, human
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
@@ -63,12 +64,7 @@ def _page(results: dict[str, Any]) -> str:
         f"| {layer['name']} | {layer['label']} | {_error(layer['error'])} | {_error(layer['low_rank_error'])} |"
         for layer in results["layers"]
     )
-    kinds = results["quality"]["details"]
-    after = kinds["compressed"]["by_kind"]
-    by_kind = "\n".join(
-        f"| {kind} | {score['count']} | {score['accuracy']:.2%} | {after[kind]['accuracy']:.2%} |"
-        for kind, score in kinds["dense"]["by_kind"].items()
-    )
+    qualities = "\n\n".join(_quality_table(task, models) for task, models in _by_task(results).items())
     times = "\n".join(
         f"| {name} | {entry['fit_seconds']:.0f} s | {entry['training']['steps']} steps, "
         f"{entry['training']['seconds']:.0f} s | {entry['reload_bit_equal']} |"
@@ -83,11 +79,7 @@ def _page(results: dict[str, Any]) -> str:
 
 ![quality, size and speed](plots/comparison.png)
 
-## By kind of question
-
-| kind | questions | dense | compressed |
-|---|---|---|---|
-{by_kind}
+{qualities}
 
 ## Training
 
@@ -111,6 +103,29 @@ Relative output error before any training, beside whitened low-rank of the same 
 
 {skipped}
 """
+
+
+def _by_task(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task → model → its scores: dense, compressed, rivals. None for a model that could use no example of the task."""
+    details = results["quality"]["details"]
+    rivals = {name: entry["quality"]["details"]["compressed"] for name, entry in results["rivals"].items()}
+    models = {name: tasks_of(quality) for name, quality in (details | rivals).items()}
+    return {task: {name: own.get(task) for name, own in models.items()} for task in models["dense"]}
+
+
+def _quality_table(task: str, models: dict[str, Any]) -> str:
+    """Every model's scores with their intervals, and what share of the dense headline each keeps."""
+    rows = [score_rows(own) if own else {} for own in models.values()]
+    lines = [f"## Quality: {task}", "", f"| examples | number | metric (95 % interval) | {' | '.join(models)} |"]
+    lines.append("|---" * (3 + len(models)) + "|")
+    for (part, metric), score in rows[0].items():
+        cells = [score_text(metric, own[part, metric]) if (part, metric) in own else "-" for own in rows]
+        lines.append(f"| {part} | {score['count']} | {metric_label(metric)} | {' | '.join(cells)} |")
+    metric = models["dense"]["headline"]
+    first, *_ = values = [own["scores"][metric]["value"] if own else None for own in models.values()]
+    kept = ["-" if value is None or not first else f"{value / first:.1%}" for value in values]
+    lines.append(f"| kept | | {metric_label(metric)} | {' | '.join(kept)} |")
+    return "\n".join(lines)
 
 
 def _error(value: float | None) -> str:
@@ -172,17 +187,25 @@ def _plot_layers(layers: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _panel(task: str, models: dict[str, Any]) -> tuple[str, list[float]]:
+    """A task's title and the heights of its bars, none for a model without a score."""
+    metric = models["dense"]["headline"]
+    title, factor = (f"{metric_label(metric)}, %", 100) if is_share(metric) else (metric_label(metric), 1)
+    heights = [factor * own["scores"][metric]["value"] if own else math.nan for own in models.values()]
+    return f"{task}: {title}" if task else title, heights
+
+
 def _plot_comparison(results: dict[str, Any], path: Path) -> None:
     entries = {"compressed": results, **results["rivals"]}
     names = ["dense", *entries]
-    figure, panels = _figure(11, 3.2, columns=4)
-    dense_quality, dense_bytes = results["quality"]["dense"], results["disk_bytes"]["dense"]
+    dense_bytes, tasks = results["disk_bytes"]["dense"], _by_task(results)
     values = (
-        ("exact match, %", [100 * q for q in (dense_quality, *(e["quality"]["compressed"] for e in entries.values()))]),
+        *(_panel(task if len(tasks) > 1 else "", models) for task, models in tasks.items()),
         ("MB on disk", [dense_bytes / 1e6, *(e["disk_bytes"]["compressed"] / 1e6 for e in entries.values())]),
         ("prefill speed-up", [1, *(e["prefill_speedup"] for e in entries.values())]),
         ("decode speed-up", [1, *(e["decode_speedup"] for e in entries.values())]),
     )
+    figure, panels = _figure(2.75 * len(values), 3.2, columns=len(values))
     for axes, (title, heights) in zip(panels, values, strict=True):
         bars = axes.bar(names, heights, color=["#888888", *(_COLORS[i % len(_COLORS)] for i in range(len(entries)))])
         axes.bar_label(bars, fmt="%.2f", fontsize=8)

@@ -1,6 +1,6 @@
 """Checkpoints: save, load, and the Hugging Face plug-in."""
 
-from hyperfade.hub.card import card, footnote, table
+from hyperfade.hub.card import card, footnote, is_share, metric_label, score_rows, score_text, table, tasks_of
 from hyperfade.hub.checkpoint import (
     EMBEDDED,
     EMBEDDED_FOLDER,
@@ -27,16 +27,21 @@ __all__ = [
     "card",
     "fold_",
     "footnote",
+    "is_share",
     "load",
     "load_config",
     "load_processor",
     "mark_",
+    "metric_label",
     "resolve",
     "round_",
     "save",
+    "score_rows",
+    "score_text",
     "skeleton",
     "table",
     "takes_images",
+    "tasks_of",
     "verify_checkpoint",
     "verify_safetensors",
     "write_folder",
