@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from typer.main import get_command
 
 from hyperfade import cli
 from hyperfade.hub import EMBEDDED_FOLDER
-from hyperfade.measure import evaluate
+from hyperfade.measure import evaluate, read_answers
 from hyperfade.recipe import Recipe, describe
 
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -110,6 +112,10 @@ def test_no_arguments_print_help(call: Any) -> None:
         (("inspect", EMBEDDED, "--bits", "12"), "--bits 12 is not a multiple of 8"),
         (("inspect", EMBEDDED, "--set", "replace.language.n=5"), "gate_proj"),
         (("evaluate", EMBEDDED, "--data", "questions.csv"), "'questions.csv' is no data source"),
+        (("evaluate", EMBEDDED, "--include", "tasks"), "--include needs --tasks"),
+        (("evaluate", EMBEDDED, "--chat"), "--chat needs --tasks"),
+        (("evaluate", EMBEDDED, "--tasks", "a", "--data", "b.jsonl"), "--data cannot be given together with --tasks"),
+        (("evaluate", EMBEDDED, "--tasks", "a", "--answers", "b.jsonl"), "--answers cannot be given together with"),
         (("benchmark", EMBEDDED, "--data", "missing.jsonl"), "Cannot read missing.jsonl"),
         (("benchmark", EMBEDDED, "--set", "seed=1"), "--set changes a recipe, and none was given"),
         (("benchmark", EMBEDDED, EMBEDDED, "--recipe", "quarter"), "--recipe plans one model, 2 were given"),
@@ -225,17 +231,31 @@ def test_compress_hands_over_the_recipe_with_all_changes(
     assert given[1] == Recipe.parse({**Recipe.load("demo").model_dump(), "output": "d"})
 
 
-def test_evaluate_prints_what_the_library_measures(call: Any) -> None:
+def test_evaluate_prints_and_writes_what_the_library_measures(tmp_path: Path, call: Any) -> None:
     from hyperfade.hub import load, load_processor
 
-    code, output, errors = call("evaluate", EMBEDDED, "--limit", "24", "--batch-size", "10", "--max-new-tokens", "4")
+    scores_file, answers_file = tmp_path / "new" / "scores.json", tmp_path / "new" / "answers.jsonl"
+    options = ("--limit", "24", "--batch-size", "10", "--max-new-tokens", "4")
+    files = ("--output", str(scores_file), "--answers", str(answers_file))
+    code, output, errors = call("evaluate", EMBEDDED, *options, *files)
     assert code == 0
-    assert "24/24 questions" in errors
-    quality = evaluate(load(EMBEDDED, "float32"), load_processor(EMBEDDED), limit=24, max_new_tokens=4)
-    lines = {line.split()[0]: line for line in output.splitlines()}
-    assert set(lines) == {"all", *quality.by_kind}
-    assert f"{quality.overall.accuracy:.2%}" in lines["all"]
-    assert lines["all"].endswith("of 24")
+    assert "24/24 examples" in errors
+    quality = evaluate(
+        load(EMBEDDED, "float32"), load_processor(EMBEDDED), limit=24, max_new_tokens=4, keep_answers=True
+    )
+    own = quality.tasks["question"]
+    expected = {("all", "exact match"): own.scores["exact_match"], ("all", "VQA accuracy"): own.scores["vqa_accuracy"]}
+    expected |= {(f"kind {kind}", "exact match"): scores["exact_match"] for kind, scores in own.by_kind.items()}
+    rows = [re.split(r"\s{2,}", line) for line in output.splitlines()]
+    assert [(row[0], (row[1], row[2])) for row in rows] == [("question", key) for key in expected]
+    for row, score in zip(rows, expected.values(), strict=True):
+        assert row[3] == f"{score.value:.2%} ({score.low:.1%}-{score.high:.1%})"
+        assert row[4] == f"of {score.count}"
+    written = json.loads(scores_file.read_text(encoding="utf-8"))
+    assert (written["data"], written["limit"], written["max_new_tokens"]) == ("easy-vqa:test", 24, 4)
+    assert written["quality"] == json.loads(json.dumps(asdict(replace(quality, answers=()))))
+    assert read_answers(answers_file) == quality.answers
+    assert len(quality.answers) == 24
 
 
 def test_evaluate_lists_what_it_left_out(tmp_path: Path, call: Any) -> None:

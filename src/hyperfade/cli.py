@@ -88,36 +88,80 @@ def demo(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, dense or compressed, or `embedded`.")] = "embedded",
-    data: DataOption = "easy-vqa:test",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only this many questions, a seeded sample [default: all].")
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="What to ask, with references: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT] "
+            "[default: easy-vqa:test]."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of --data: tasks of lm-evaluation-harness, NAME[,NAME], groups and patterns too."),
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="With --tasks: a folder with more tasks, as YAML files.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --tasks: write prompts by the chat template.")] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only this many examples, a seeded sample; of every task the first [default: all]."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens; not for --tasks.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="What the model runs in.")] = "float32",
     on_bad_sample: Annotated[
         Literal["error", "skip"], typer.Option(help="Stop at a bad sample, or count it.")
     ] = "error",
+    output: Annotated[Path | None, typer.Option(help="Also write all scores to this JSON file.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Write every answer to this .jsonl file, for comparisons with other models.")
+    ] = None,
 ) -> None:
-    """Measure exact match of a model's greedy answers, overall and by kind of question."""
-    from hyperfade.hub import load, load_processor
-    from hyperfade.measure import device
-    from hyperfade.measure import evaluate as measure
+    """Score a model's greedy answers by task, kind and modality, with 95 % intervals; or run public benchmarks."""
+    other = {"--include": include, "--chat": chat} if tasks is None else {"--data": data, "--answers": answers}
+    for flag in (flag for flag, given in other.items() if given):
+        raise DataError(
+            f"{flag} {'needs' if tasks is None else 'cannot be given together with'} --tasks.",
+            "Use --data for examples of your own, --tasks for those of lm-evaluation-harness.",
+        )
+    import logging
+    from dataclasses import asdict, replace
 
-    quality = measure(
-        load(model, dtype).to(device()),  # pyright: ignore[reportArgumentType]
-        load_processor(model),
-        data,
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        on_bad_sample=on_bad_sample,
-        on_batch=lambda done, total: typer.echo(f"\r{done}/{total} questions", nl=done >= total, err=True),
-    )
-    for kind, score in {"all": quality.overall, **quality.by_kind}.items():
-        typer.echo(f"{kind:12} {score.accuracy:7.2%}  (95 %: {score.low:.2%} to {score.high:.2%})  of {score.count}")
-    for where, reason in quality.skipped:
-        typer.echo(f"left out: {where}: {reason}")
+    from hyperfade.hub import load, load_processor
+    from hyperfade.measure import device, machine, result_lines, run_tasks, write_answers
+    from hyperfade.measure import evaluate as measure
+    from hyperfade.report import quality_lines
+    from hyperfade.workspace import write_json
+
+    loaded, processor = load(model, dtype).to(device()), load_processor(model)  # pyright: ignore
+    facts: dict[str, Any] = {"machine": machine(), "model": model, "dtype": dtype, "limit": limit}
+    if tasks is not None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant to be so
+        found = run_tasks(
+            loaded, processor, tasks.split(","), include=include, limit=limit, batch_size=batch_size, chat=chat
+        )
+        facts |= {"chat": chat, "harness": found}
+        lines = result_lines(found)
+    else:
+        data = data or "easy-vqa:test"
+        quality = measure(
+            loaded,
+            processor,
+            data,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            on_bad_sample=on_bad_sample,
+            keep_answers=answers is not None,
+            on_batch=lambda done, total: typer.echo(f"\r{done}/{total} examples", nl=done >= total, err=True),
+        )
+        scores = asdict(replace(quality, answers=()))
+        facts |= {"data": data, "max_new_tokens": max_new_tokens, "quality": scores}
+        lines = quality_lines(scores) + [f"left out: {where}: {reason}" for where, reason in quality.skipped]
+        if answers is not None:
+            write_answers(answers, quality.answers)
+    typer.echo("\n".join(lines))
+    if output is not None:
+        write_json(output, facts)
 
 
 @app.command()

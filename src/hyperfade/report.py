@@ -28,9 +28,8 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
                 *(f"{human(before)} → {human(after)}", f"{human(work[0])} → {human(work[1])}"),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    rule = tuple("-" * max(len(row[i]) for row in rows) for i in range(len(rows[0])))
+    lines = _aligned([rows[0], rule, *rows[1:]])
     before, after = plan.bytes(bytes_per_parameter)
     lines.append(
         f"replaced matrices keep {plan.ffn_params_ratio:.1%} of their parameters; the whole model: "
@@ -44,6 +43,21 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
         for region in plan.missing
     ]
     return lines
+
+
+def quality_lines(quality: dict[str, Any]) -> list[str]:
+    """The scores of a `Quality`, as a mapping, as aligned text: one row per task, part of its examples and metric."""
+    rows = [
+        (task, part, metric_label(metric), score_text(metric, score), f"of {score['count']}")
+        for task, own in tasks_of(quality).items()
+        for (part, metric), score in score_rows(own).items()
+    ]
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def write_report(folder: Path) -> None:
