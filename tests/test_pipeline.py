@@ -132,8 +132,12 @@ def test_the_quality_is_that_of_the_saved_folder(finished: tuple[Recipe, dict[st
     recipe, results, _ = finished
     for folder, key in ((str(EMBEDDED_FOLDER), "dense"), (str(recipe.output / "model"), "compressed")):
         quality = evaluate(load(folder, "float32"), load_processor(folder), limit=64, max_new_tokens=4)
-        assert results["quality"][key] == quality.overall.accuracy
-        assert results["quality"]["details"][key]["overall"]["count"] == 64
+        assert results["quality"][key] == quality.overall.value
+        assert results["quality"]["details"][key] == json.loads(json.dumps(quality.to_dict()))
+        assert results["quality"]["details"][key]["tasks"]["question"]["scores"]["exact_match"]["count"] == 64
+    retention = results["quality"]["compressed"] / results["quality"]["dense"]
+    assert results["quality"]["task"] == "question"
+    assert results["quality"]["retention"] == results["quality"]["retention_by_task"]["question"] == retention
 
 
 def test_the_paper_rival_trained_all_that_it_was_told_to(finished: tuple[Recipe, dict[str, Any], Lines]) -> None:
@@ -242,8 +246,38 @@ def test_skipped_samples_are_counted_once_each(tmp_path: Path) -> None:
         "train.jsonl line 3",
         "train.jsonl line 6",
     ]
-    assert results["quality"]["details"]["dense"]["overall"]["count"] == 5
+    assert results["quality"]["details"]["dense"]["tasks"]["question"]["scores"]["exact_match"]["count"] == 5
     assert "train.jsonl line 6" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_of_several_tasks_the_one_that_kept_least_stands_for_all(tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    rows = [json.loads(line) for line in _write_rows(tmp_path / "rows.jsonl", 9, {}).read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["task"] = ("question", "caption", "reading")[number % 3]
+        if row["task"] == "caption":  # long enough to have n-grams of every length, too long for the model
+            row["messages"][-1]["content"] = f"there is a shape of number {number} here"
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {"evaluation": str(evaluation), "evaluation_limit": None}
+    train = {"fade_steps": 0, "polish_steps": 0}
+    lines: Lines = []
+    results = compress(recipe_for(tmp_path / "out", replace=SMALL, data=data, train=train), lines.append)
+    quality = results["quality"]
+    headlines = {"question": "exact_match", "caption": "cider", "reading": "character_accuracy"}
+    assert quality["retention_by_task"].keys() == headlines.keys()
+    for task, metric in headlines.items():
+        before, after = (
+            quality["details"][name]["tasks"][task]["scores"][metric]["value"] for name in ("dense", "compressed")
+        )
+        assert quality["retention_by_task"][task] == (after / before if before else None)
+        assert sum(f"] {task}: " in line for line in lines) == 2
+        if task == quality["task"]:
+            assert (quality["dense"], quality["compressed"]) == (before, after)
+    kept = [share for share in quality["retention_by_task"].values() if share is not None]
+    assert quality["retention"] == min(kept)
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert all(f"## Quality: {task}\n" in page for task in headlines)
 
 
 @pytest.mark.parametrize("where", ["train", "evaluation"])
@@ -252,6 +286,14 @@ def test_data_that_cannot_be_used_is_refused_before_a_folder_exists(where: str, 
     data = {"train": str(rows)} if where == "train" else {"evaluation": str(tmp_path / "missing.jsonl")}
     with pytest.raises(DataError, match=r"rows\.jsonl line 2: .* no image" if where == "train" else "Cannot read"):
         compress(recipe_for(tmp_path / "out", data=data), lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_task_is_refused_before_a_folder_exists(tmp_path: Path) -> None:
+    rows = _write_rows(tmp_path / "rows.jsonl", 2, {})
+    rows.write_text(rows.read_text(encoding="utf-8").replace('"kind"', '"task": "captoin", "kind"'), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: there is no task 'captoin'"):
+        compress(recipe_for(tmp_path / "out", data={"evaluation": str(rows)}), lambda line: None)
     assert not (tmp_path / "out").exists()
 
 

@@ -124,7 +124,6 @@ def evaluate(
             "Use --data for examples of your own, --tasks for those of lm-evaluation-harness.",
         )
     import logging
-    from dataclasses import asdict, replace
 
     from hyperfade.hub import load, load_processor
     from hyperfade.measure import device, machine, result_lines, run_tasks, write_answers
@@ -154,7 +153,7 @@ def evaluate(
             keep_answers=answers is not None,
             on_batch=lambda done, total: typer.echo(f"\r{done}/{total} examples", nl=done >= total, err=True),
         )
-        scores = asdict(replace(quality, answers=()))
+        scores = quality.to_dict()
         facts |= {"data": data, "max_new_tokens": max_new_tokens, "quality": scores}
         lines = quality_lines(scores) + [f"left out: {where}: {reason}" for where, reason in quality.skipped]
         if answers is not None:

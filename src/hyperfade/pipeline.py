@@ -245,7 +245,7 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
     for name, model in models.items():
         cached = recipe.output / "work" / f"quality-{name}.json"
         if not cached.exists():
-            write_json(cached, asdict(_quality(model, task)))
+            write_json(cached, _quality(model, task).to_dict())
         qualities[name] = read_json(cached)
         for asked, own in tasks_of(qualities[name]).items():
             metric, score = own["headline"], own["scores"][own["headline"]]

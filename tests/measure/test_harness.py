@@ -207,12 +207,15 @@ def test_without_the_harness_the_extra_is_named(compressed: tuple[Any, Any], mon
 def test_standard_errors_and_filters_are_written_where_there_are_any() -> None:
     found = {
         "results": {
-            "gsm": {"alias": "gsm", "sample_len": 10, "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1},
-            "a": {"alias": "a", "sample_len": 3, "bleu,none": 12, "bleu_stderr,none": "N/A", "note,none": "text"},
-        }
+            "gsm": {"alias": "gsm", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1},
+            "a": {"alias": "a", "bleu,none": 12, "bleu_stderr,none": "N/A", "note,none": "text"},
+            "group": {"alias": "group", "acc,none": 0.25},
+        },
+        "n-samples": {"gsm": {"original": 20, "effective": 10}, "a": {"original": 3, "effective": 3}},
     }
     assert result_lines(found) == [
-        "gsm  exact_match (strict)  0.5000   ± 0.1000  of 10",
-        "a    bleu                  12.0000            of 3",
+        "gsm    exact_match (strict)  0.5000   ± 0.1000  of 10",
+        "a      bleu                  12.0000            of 3",
+        "group  acc                   0.2500",
     ]
-    assert result_lines({"results": {}}) == []
+    assert result_lines({"results": {}, "n-samples": {}}) == []

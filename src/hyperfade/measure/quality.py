@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Quality:
     tasks: Mapping[str, TaskQuality]
     skipped: tuple[tuple[str, str], ...]
     answers: tuple[Answer, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the answers, for JSON."""
+        return {name: part for name, part in asdict(replace(self, answers=())).items() if name != "answers"}
 
     @property
     def overall(self) -> Score:
