@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import FAMILIES
 
 from hyperfade.recipe import Layer, Replace
-from hyperfade.report import plan_lines, write_report
+from hyperfade.report import harness_lines, plan_lines, write_report
 from hyperfade.surgery import human, plan
 
 
@@ -175,3 +175,20 @@ def test_a_random_start_has_no_errors_to_show(tmp_path: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     write_report(folder)
     assert "| model.a.fc1 | products | - | - |" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_standard_errors_and_filters_are_written_where_there_are_any() -> None:
+    found = {
+        "results": {
+            "gsm": {"alias": "gsm", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1},
+            "a": {"alias": "a", "bleu,none": 12, "bleu_stderr,none": "N/A", "note,none": "text"},
+            "group": {"alias": "group", "acc,none": 0.25},
+        },
+        "n-samples": {"gsm": {"original": 20, "effective": 10}, "a": {"original": 3, "effective": 3}},
+    }
+    assert harness_lines(found) == [
+        "gsm    exact_match (strict)  0.5000   ± 0.1000  of 10",
+        "a      bleu                  12.0000            of 3",
+        "group  acc                   0.2500",
+    ]
+    assert harness_lines({"results": {}, "n-samples": {}}) == []

@@ -126,9 +126,9 @@ def evaluate(
     import logging
 
     from hyperfade.hub import load, load_processor
-    from hyperfade.measure import device, machine, result_lines, run_tasks, write_answers
+    from hyperfade.measure import device, machine, run_tasks, write_answers
     from hyperfade.measure import evaluate as measure
-    from hyperfade.report import quality_lines
+    from hyperfade.report import harness_lines, quality_lines
     from hyperfade.workspace import write_json
 
     loaded, processor = load(model, dtype).to(device()), load_processor(model)  # pyright: ignore
@@ -139,7 +139,7 @@ def evaluate(
             loaded, processor, tasks.split(","), include=include, limit=limit, batch_size=batch_size, chat=chat
         )
         facts |= {"chat": chat, "harness": found}
-        lines = result_lines(found)
+        lines = harness_lines(found)
     else:
         data = data or "easy-vqa:test"
         quality = measure(

@@ -55,8 +55,23 @@ def quality_lines(quality: dict[str, Any]) -> list[str]:
     return _aligned(rows)
 
 
+def harness_lines(found: dict[str, Any]) -> list[str]:
+    """What `measure.run_tasks` returned as aligned text: one row per metric, with its standard error."""
+    rows = []
+    for task, metrics in found["results"].items():
+        samples = found["n-samples"].get(task)
+        count = f"of {samples['effective']}" if samples else ""  # groups have none of their own
+        for key, value in metrics.items():
+            name, comma, way = key.partition(",")  # "exact_match,strict-match": a metric, and how the answer was found
+            if comma and not name.endswith("_stderr") and isinstance(value, float | int):
+                error = metrics.get(f"{name}_stderr,{way}")
+                margin = f"± {error:.4f}" if isinstance(error, float | int) else ""
+                rows.append((task, name if way == "none" else f"{name} ({way})", f"{value:.4f}", margin, count))
+    return _aligned(rows)
+
+
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from hyperfade import cli
 from hyperfade.errors import DataError, MissingLibraryError
 from hyperfade.hub import EMBEDDED_FOLDER, fold_, load, load_processor, save
-from hyperfade.measure import result_lines, run_tasks
+from hyperfade.measure import run_tasks
 from hyperfade.nn import light_modules
 from hyperfade.recipe import Layer, Replace
+from hyperfade.report import harness_lines
 from hyperfade.surgery import plan, swap_
 
 CHOICES = ["red", "a blue triangle", "green"]
@@ -97,7 +98,7 @@ def test_choices_are_those_of_the_models_likelihoods(compressed: tuple[Any, Any]
     assert found["versions"] == {"tiny_colors": 2.5}
     assert json.loads(json.dumps(found)) == found
     margin = metrics["acc_stderr,none"]
-    assert [line.split() for line in result_lines(found)] == [
+    assert [line.split() for line in harness_lines(found)] == [
         ["tiny_colors", "acc", f"{mean:.4f}", "±", f"{margin:.4f}", "of", "12"]
     ]
     few = run_tasks(model, tokenizer, [" tiny_colors ", ""], include=tmp_path, limit=5)
@@ -167,7 +168,7 @@ def test_the_command_prints_and_writes_what_the_harness_finds(
         cli.main()
     assert not end.value.code
     expected = run_tasks(model, tokenizer, ["tiny_one", "tiny_two"], include=tmp_path, limit=4)
-    assert sorted(capsys.readouterr().out.splitlines()) == sorted(result_lines(expected))
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(harness_lines(expected))
     written = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert written["harness"]["results"] == expected["results"]
     assert (written["model"], written["limit"], written["chat"]) == (str(tmp_path / "model"), 4, False)
@@ -202,20 +203,3 @@ def test_without_the_harness_the_extra_is_named(compressed: tuple[Any, Any], mon
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(MissingLibraryError, match=r'pip install "hyperfade\[lm-eval\]"'):
         run_tasks(*compressed, ["arc_easy"])
-
-
-def test_standard_errors_and_filters_are_written_where_there_are_any() -> None:
-    found = {
-        "results": {
-            "gsm": {"alias": "gsm", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1},
-            "a": {"alias": "a", "bleu,none": 12, "bleu_stderr,none": "N/A", "note,none": "text"},
-            "group": {"alias": "group", "acc,none": 0.25},
-        },
-        "n-samples": {"gsm": {"original": 20, "effective": 10}, "a": {"original": 3, "effective": 3}},
-    }
-    assert result_lines(found) == [
-        "gsm    exact_match (strict)  0.5000   ± 0.1000  of 10",
-        "a      bleu                  12.0000            of 3",
-        "group  acc                   0.2500",
-    ]
-    assert result_lines({"results": {}, "n-samples": {}}) == []

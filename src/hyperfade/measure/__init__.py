@@ -2,7 +2,7 @@
 
 from hyperfade.measure.comparison import Answer, paired_difference, read_answers, write_answers
 from hyperfade.measure.footprint import disk_bytes, forward_flops, num_parameters, weight_bytes
-from hyperfade.measure.harness import result_lines, run_tasks
+from hyperfade.measure.harness import run_tasks
 from hyperfade.measure.intervals import Score, bootstrap, wilson
 from hyperfade.measure.layers import FFNSpeed, LayerTime, compare_ffns, ffn_lines
 from hyperfade.measure.machine import device, machine
@@ -41,7 +41,6 @@ __all__ = [
     "num_parameters",
     "paired_difference",
     "read_answers",
-    "result_lines",
     "run_tasks",
     "score_answers",
     "speedup",

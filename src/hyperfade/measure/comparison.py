@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from hyperfade.errors import DataError
+from hyperfade.errors import DataError, OutputError
 from hyperfade.measure.intervals import RESAMPLES, Score, resampled_sums
 from hyperfade.measure.scores import METRICS, Array
 
@@ -34,22 +34,28 @@ class Answer:
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """One JSON object per line and answer; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+    """One JSON object per line and answer, atomically; the folder is made. Raises `OutputError` where that fails."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error}.", "Choose another file for the answers.") from error
 
 
 def read_answers(path: Path) -> tuple[Answer, ...]:
     """What `write_answers` wrote. Raises `DataError` for anything else."""
     answers = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            fields = json.loads(line)
-            fields["references"] = tuple(fields["references"])
-            fields["statistics"] = {name: tuple(numbers) for name, numbers in fields["statistics"].items()}
-            answers.append(Answer(**fields))
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                fields = json.loads(line)
+                fields["references"] = tuple(fields["references"])
+                fields["statistics"] = {name: tuple(numbers) for name, numbers in fields["statistics"].items()}
+                answers.append(Answer(**fields))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         message = f"{path}: line {len(answers) + 1} is no answer of hyperfade evaluate: {error}"
         raise DataError(message, "Write the file with hyperfade evaluate --answers FILE.") from error

@@ -91,19 +91,3 @@ def _manager(tasks: Sequence[str], include: Path | None) -> Any:
             "`lm-eval ls tasks` lists its tasks; --include FOLDER adds tasks of your own.",
         )
     return manager
-
-
-def result_lines(found: dict[str, Any]) -> list[str]:
-    """`run_tasks`'s metrics as aligned text, one a line, with standard errors."""
-    rows = []
-    for task, metrics in found["results"].items():
-        samples = found["n-samples"].get(task)
-        count = f"of {samples['effective']}" if samples else ""  # groups have none of their own
-        for key, value in metrics.items():
-            name, comma, way = key.partition(",")  # "exact_match,strict-match": a metric, and how the answer was found
-            if comma and not name.endswith("_stderr") and isinstance(value, float | int):
-                error = metrics.get(f"{name}_stderr,{way}")
-                margin = f"± {error:.4f}" if isinstance(error, float | int) else ""
-                rows.append((task, name if way == "none" else f"{name} ({way})", f"{value:.4f}", margin, count))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)] if rows else []
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -3,9 +3,9 @@
 Ten people answered every question of VQA v2. Leave one of them out: an answer is worth min(1, matches / 3), where
 `matches` counts how many of the other nine gave it; VQA accuracy is the mean over the ten ways to leave one out. Before
 that, answers are evened out: no capitals, no punctuation, no articles, digits for number words, apostrophes where
-contractions lack them. Rule: https://visualqa.org/evaluation.html; order and corners as in the evaluation code beside
-it (`vqaEval.py`), with one difference: that code leaves all answers as they are where the ten are spelled alike, the
-rule evens them out always, and so does this.
+contractions lack them. Rule: https://visualqa.org/evaluation.html; order and corners as in the evaluation code that
+goes with it (`vqaEval.py`), with one difference: the code evens out people's answers only where they are not all
+spelled alike, the rule does it always, and so does this.
 """
 
 import re
