@@ -38,6 +38,7 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -211,7 +212,20 @@ def assemble(packages: Packages) -> tuple[LlavaForConditionalGeneration, LlavaPr
         str(packages.language.parent), gguf_file=packages.language.name, dtype=torch.float32
     )
     ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    text = type(language.config)(**language.config.to_dict() | ids)
+    given = language.config
+    text = LlamaConfig(  # field by field: the GGUF's config also says where the file lay, and that it is quantized
+        vocab_size=given.vocab_size,
+        hidden_size=given.hidden_size,
+        intermediate_size=given.intermediate_size,
+        num_hidden_layers=given.num_hidden_layers,
+        num_attention_heads=given.num_attention_heads,
+        num_key_value_heads=given.num_key_value_heads,
+        max_position_embeddings=given.max_position_embeddings,
+        rms_norm_eps=1e-5,
+        rope_parameters=given.rope_parameters,
+        tie_word_embeddings=True,
+        **ids,
+    )
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text,
