@@ -55,7 +55,7 @@ def fingerprint(model: nn.Module) -> str:
 def pack(model: nn.Module, path: Path, base: str, facts: dict[str, Any]) -> None:
     """Write PEFT's LoRA layers and the projector of `model` to `path`.
 
-    base: `fingerprint` of the untrained model. facts: how it was trained, kept as JSON in the file's header.
+    base: `fingerprint` of the untrained model. facts: how it was trained, kept in the file's header.
     """
     tensors: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
@@ -67,17 +67,17 @@ def pack(model: nn.Module, path: Path, base: str, facts: dict[str, Any]) -> None
     for name, linear in projector_linears(model).items():
         weight, scale = _rounded(linear.weight)
         tensors |= {f"{name}.weight": weight, f"{name}.scale": scale.float(), f"{name}.bias": linear.bias.float()}
-    header = {
-        "format": FORMAT,
-        "base": base,
-        "transformers": transformers.__version__,
-        "training": json.dumps(facts, sort_keys=True),
-    }
+    header = {"base": base, "transformers": transformers.__version__, "training": facts}
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=_entry(header))
     partial.chmod(0o644)
     partial.replace(path)
+
+
+def _entry(header: dict[str, Any]) -> dict[str, str]:
+    """As one entry: safetensors writes several in any order, and the same training shall give the same bytes."""
+    return {FORMAT: json.dumps(header, sort_keys=True)}
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,16 +129,16 @@ def add_(model: nn.Module, path: Path) -> None:
 _AGAIN = "Get the file again, or train anew."
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            entries = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", _AGAIN) from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not in format {FORMAT}, but {header.get('format')}.", _AGAIN)
-    return header, tensors
+    if FORMAT not in entries:
+        raise CheckpointError(f"{path} is not in format {FORMAT}; its header has {sorted(entries)}.", _AGAIN)
+    return json.loads(entries[FORMAT]), tensors
 
 
 def build(untrained: Path, adapter: Path, output: Path) -> None:
