@@ -60,11 +60,12 @@ OVERLAPS = (
 )
 FOREIGN_AUTHORS = re.compile(r"rollandin|guillou|gondouin|tanguy|bersac|guziec|rinc[oó]n|andrei z", re.IGNORECASE)
 NOISE = {"clipart", "svg", "png", "unsorted", "hash", "icons", "icon", "symbol", "sym", "various", "bw", "alt", "aj"}
-RANKS = dict(zip("a23456789jqk", "ace two three four five six seven eight nine jack queen king".split(), strict=True))
-RANKS["10"] = "ten"
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"} | {str(n): word for n, word in enumerate(NUMBERS, 2)}
 SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
 MAX_WORDS = 7
-MAX_STARS = 24
+MAX_STARS = 60
+MAX_STAR_POINTS = 24  # with more points it looks like a ring
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,10 @@ def stem_words(stem: str, author: str) -> list[str]:
 
 def captions(path: Path, meta: Metadata, uses: int, english: set[str]) -> tuple[str, ...]:
     """Accepted captions of a drawing, or none: a false caption is worse than a drawing without."""
-    if "stars" in path.parts:
-        return ("star",)
+    if star := re.fullmatch(r"star_(\d+)pt\d+step", path.stem):
+        return ("star",) if int(star[1]) <= MAX_STAR_POINTS else ()
+    if not {"applications", "apps"}.isdisjoint(path.parts):  # icons of programs, which are named but not drawn
+        return ()
     if "cards" in path.parts and (card := re.fullmatch(r"[a-z]+_([cdhs])_([a-z0-9]+)", path.stem)):
         if card[2] in RANKS:
             return (f"{RANKS[card[2]]} of {SUITS[card[1]]}", f"playing card {RANKS[card[2]]} of {SUITS[card[1]]}")
@@ -181,7 +184,7 @@ def captions(path: Path, meta: Metadata, uses: int, english: set[str]) -> tuple[
     if stem and stem != words:
         choices.append(stem)
     if "flags" in path.parts and "semaphore" not in path.parts and "flag" not in words:
-        place = " ".join(stem) if shared or not words else re.split(r" - ", title)[-1].lower()
+        place = " ".join(stem) if shared or not words else re.split(r" - ", title)[-1].lower().replace("_", " ")
         if "flag" not in place and re.fullmatch(r"[a-z .,']+", place):
             return tuple(dict.fromkeys((f"flag of {place}", f"{place} flag", place)))
     good = [" ".join(choice) for choice in choices if _is_english(choice, english)]

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from pictures import SIDE, Picture
+from PIL import Image, ImageDraw, ImageFont
 
 QUESTIONS = ("What does the text say?", "Read the text.", "What is written here?", "Which text is in the image?")
 UNSEEN_SHARE = 0.15
@@ -92,7 +92,8 @@ def _number(chance: random.Random) -> str:
         digits = chance.randint(2, 5)
         return str(chance.randint(10 ** (digits - 1), 10**digits - 1))
     if form == "price":
-        return f"{chance.choice('$€£')}{chance.choice((chance.randint(1, 9), chance.randint(10, 199)))}.{chance.randint(0, 99):02}"
+        whole = chance.choice((chance.randint(1, 9), chance.randint(10, 199)))
+        return f"{chance.choice('$€£')}{whole}.{chance.randint(0, 99):02}"
     if form == "date":
         return f"{chance.randint(1, 28)}/{chance.randint(1, 12)}/{chance.randint(1, 99):02}"
     if form == "time":
