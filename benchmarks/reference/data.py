@@ -27,7 +27,7 @@ from emoji import read_emoji
 from pictures import MARGIN, MAX_PIXELS, SIDE, Picture, difference_hash, num_pixels, on_white, square_of
 from PIL import Image
 from questions import ask_categories, ask_names
-from reading import QUESTIONS, Text, draw_text, find_fonts, make_texts, words_to_draw
+from reading import QUESTIONS, Text, draw_text, find_fonts, make_texts, without_forms_of, words_drawn, words_to_draw
 from splits import assign, group_names
 
 NAME_EMOJI = ("Name this emoji.", "What is shown?", "What is this emoji called?", "What does this emoji show?")
@@ -182,19 +182,23 @@ def build(cache: Path, output: Path, seed: int = 0, sizes: dict[str, Sizes] = SI
         split_of = assign(listed, seed)
         counts["groups"] = len(split_of)
         seen, unseen = words_to_draw(pictures)
-        counts["words seen"], counts["words unseen"] = len(seen), len(unseen)
+        counts["spoilt"] = sum(picture.spoilt for picture in pictures)
         drawn: set[str] = set()
         for split, size in sizes.items():
             label = f"{split} {seed}"
             own = [picture for picture in pictures if split_of[groups[picture.name]] == split]
+            if split != "train":
+                own = [picture for picture in own if not picture.spoilt]
             rows, jobs = easy_vqa_rows(split, size.question // 3, seed)
             rows += picture_rows(own, groups, size.question - len(rows), label)
             rows += caption_rows(own, size.caption, label, repeat=split == "train")
             pool.map(partial(_write_easy_vqa, output=output), jobs, chunksize=64)
-            texts = [
-                (f"reading/{split}-{number:05}", text)
-                for number, text in enumerate(make_texts(split, size.reading, seen, unseen, seed))
-            ]
+            listed_texts = make_texts(split, size.reading, seen, unseen, seed)
+            if split == "train":
+                # what the test calls seen has been drawn, not just allowed, and nothing close to what it calls unseen
+                seen = words_drawn(listed_texts)
+                unseen = without_forms_of(unseen, seen)
+            texts = [(f"reading/{split}-{number:05}", text) for number, text in enumerate(listed_texts)]
             pool.map(partial(_write_text, output=output, fonts=fonts), texts, chunksize=64)
             chance = random.Random(f"rows {label}")
             rows += [row(name, chance.choice(QUESTIONS), [text.answer], "reading", text.kind) for name, text in texts]
@@ -203,6 +207,7 @@ def build(cache: Path, output: Path, seed: int = 0, sizes: dict[str, Sizes] = SI
             lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
             (output / f"{split}.jsonl").write_text(lines, encoding="utf-8")
             counts.update(f"{split} {one['task']} {one['kind']}" for one in rows)
+    counts["words seen"], counts["words unseen"] = len(seen), len(unseen)
     for picture in pictures:
         if f"images/{picture.name}.png" not in drawn:
             (output / "images" / f"{picture.name}.png").unlink()

@@ -94,6 +94,11 @@ def read_metadata(svg: Path) -> Metadata:
     return Metadata("", (), "", "en")
 
 
+def has_linked_image(svg: Path) -> bool:
+    """Whether the drawing shows another file, which its PNG reports as "Linked Image Not Found"."""
+    return svg.exists() and bool(re.search(rb"<image\b[^>]*href\s*=\s*[\"'](?!data:)", svg.read_bytes()))
+
+
 def read_drawings(cache: Path, more_words: set[str]) -> list[Picture]:
     """Every drawing that is a file of its own. `more_words` are English words besides the drawings' keywords."""
     root = cache / "openclipart" / "usr" / "share" / "openclipart"
@@ -106,9 +111,8 @@ def read_drawings(cache: Path, more_words: set[str]) -> list[Picture]:
             files.append(file)
     stars = [file for file in files if file.parent.name == "stars"]
     files = sorted(set(files) - set(stars)) + stars[:: max(1, len(stars) // MAX_STARS)]
-    known = [
-        (file, read_metadata((root / "svg" / file.relative_to(root / "png")).with_suffix(".svg"))) for file in files
-    ]
+    svgs = {file: (root / "svg" / file.relative_to(root / "png")).with_suffix(".svg") for file in files}
+    known = [(file, read_metadata(svg)) for file, svg in svgs.items()]
     counts = Counter(meta.title.lower() for _, meta in known)
     english = english_words([meta for _, meta in known]) | more_words
     pictures = []
@@ -127,7 +131,8 @@ def read_drawings(cache: Path, more_words: set[str]) -> list[Picture]:
         # a drawing that is filed twice has no single category to ask for
         only = category if not others or others == {category} else ""
         near = f"drawing {category or path.parts[0]}"
-        pictures.append(Picture(file, name, "drawing", titles, only, near, tuple(keys), frozenset(words)))
+        fields = (file, name, "drawing", titles, only, near, tuple(keys), frozenset(words))
+        pictures.append(Picture(*fields, spoilt=has_linked_image(svgs[file])))
     return pictures
 
 

@@ -36,6 +36,8 @@ class Picture:
     """Words that are true of it, so that no wrong answer uses them."""
     variant: bool = False
     """A recoloured copy of another picture (a skin tone)."""
+    spoilt: bool = False
+    """Part of it is missing: a model may train on it, but is not tested on it."""
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -82,7 +82,9 @@ def _others(pictures: list[Picture], groups: dict[str, str], chance: random.Rand
 
 def ask_names(pictures: list[Picture], groups: dict[str, str], chance: random.Random) -> Iterator[Asked]:
     """Endless rounds over `pictures` (all named, of one source and split): yes, no, and a choice for each."""
-    while pictures:
+    asked = -1
+    while asked:  # a round without a question, for want of other pictures, is the last
+        asked = 0
         order = list(pictures)
         chance.shuffle(order)
         others = _others(order, groups, chance)
@@ -95,11 +97,13 @@ def ask_names(pictures: list[Picture], groups: dict[str, str], chance: random.Ra
                 right = chance.random() < 0.5
                 name = (picture if right else wrong[0]).titles[0]
                 text = chance.choice(YES_NO).format(with_article(name))
+                asked += 1
                 yield picture, text, "yes" if right else "no", f"{picture.source}-yes/no"
             elif len(picture.titles[0].split()) <= MAX_ANSWER_WORDS:
                 options = [one.titles[0] for one in (picture, *wrong[: chance.choice((2, 3))])]
                 chance.shuffle(options)
                 text = chance.choice(CHOICE).format(_one_of(options))
+                asked += 1
                 yield picture, text, picture.titles[0], f"{picture.source}-choice"
 
 

@@ -38,9 +38,12 @@ def words_to_draw(pictures: list[Picture]) -> tuple[list[str], list[str]]:
     A hash of the word decides, so a word stays on its side whatever else the metadata holds.
     """
     found = {word for picture in pictures for word in picture.words if re.fullmatch(r"[a-z]{3,9}", word)}
-    # two words with one stem ("apple", "apples") would make an unseen word half seen
-    unseen = {word for word in found if _draw(re.sub(r"e?s$", "", word)) < UNSEEN_SHARE}
+    unseen = {word for word in found if _draw(_singular(word)) < UNSEEN_SHARE}
     return sorted(found - unseen), sorted(unseen)
+
+
+def _singular(word: str) -> str:
+    return re.sub(r"e?s$", "", word)
 
 
 def _draw(word: str) -> float:
@@ -64,6 +67,17 @@ def make_texts(split: str, count: int, seen: list[str], unseen: list[str], seed:
             rows = (_cased(chance.choice(unseen if kind == "word-unseen" else seen), chance),)
         texts.append(Text(rows, kind, f"{seed} {split} {number}"))
     return texts
+
+
+def words_drawn(texts: list[Text]) -> list[str]:
+    """The words on `texts`, those in dates too, in small letters."""
+    return sorted({word for text in texts for word in re.findall(r"[a-z]{3,}", text.answer.lower())})
+
+
+def without_forms_of(words: list[str], drawn: list[str]) -> list[str]:
+    """Those of `words` that are not a drawn word but for their ending, as "faces" is "face"."""
+    bare = {re.sub(r"e?s?$", "", word) for word in drawn}
+    return [word for word in words if re.sub(r"e?s?$", "", word) not in bare]
 
 
 def _cased(word: str, chance: random.Random) -> str:
