@@ -50,6 +50,7 @@ def test_easy_vqa() -> None:
     assert first.where == "easy-vqa test question 0"
     assert open_image(first.images[0], first.where).size == (64, 64)
     assert {example.kind for example in test} == {"yes/no", "shape", "color"}
+    assert {example.task for example in test} == {"question"}
     assert {e.references[0] for e in test if e.kind == "shape"} == {"circle", "rectangle", "triangle"}
 
 
@@ -79,6 +80,17 @@ def test_jsonl(folder: Path) -> None:
     assert [example.where for example in source] == ["train.jsonl line 1", "train.jsonl line 4"]
     with pytest.raises(IndexError):
         source[2]
+
+
+@pytest.mark.parametrize(("given", "task"), [({"task": "caption"}, "caption"), ({"task": None}, ""), ({}, "")])
+def test_a_row_may_name_its_task(folder: Path, given: dict, task: str) -> None:
+    assert open_source(write(folder, GOOD | given))[0].task == task
+
+
+@pytest.mark.parametrize("task", [3, ["caption"], {"name": "caption"}, False])
+def test_a_task_that_is_no_text_is_refused(folder: Path, task: object) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl line 1: task must be a text"):
+        open_source(write(folder, GOOD | {"task": task}))
 
 
 def test_sources_can_be_pickled(folder: Path) -> None:

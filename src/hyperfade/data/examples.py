@@ -44,7 +44,9 @@ class Example:
     references: tuple[str, ...]
     """Accepted answers: the last assistant message first."""
     kind: str = ""
-    """Kind of question or task, for scores per kind."""
+    """Kind of question, for scores per kind."""
+    task: str = ""
+    """What is to be done, e.g. "question", "caption" or "reading", for scores per task; a task has several kinds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Skipped:
 
 
 def read_row(row: Any, where: str, folder: Path) -> Example:
-    """The example in `row`, a mapping with `messages` and, optionally, `images`, `references` and `kind`.
+    """The example in `row`, a mapping with `messages` and, optionally, `images`, `references`, `kind` and `task`.
 
     Paths of images are relative to `folder`. Raises `DataError` that starts with `where` for anything else.
     """
@@ -87,7 +89,8 @@ def read_row(row: Any, where: str, folder: Path) -> Example:
     reason = fault(messages)
     if reason:
         raise DataError(f"{where}: {reason}.", ROW_HINT)
-    return Example(messages, tuple(images), where, _references(row, messages, where), str(row.get("kind") or ""))
+    references = _references(row, messages, where)
+    return Example(messages, tuple(images), where, references, str(row.get("kind") or ""), _task(row, where))
 
 
 def fault(messages: tuple[dict, ...]) -> str | None:
@@ -183,6 +186,13 @@ def _image_ref(given: Any, where: str, folder: Path) -> ImageRef:
             f"{where}: image {given[:80]!r} is a URL; only files are read.", "Download it and give its path."
         )
     return folder / given
+
+
+def _task(row: dict, where: str) -> str:
+    task = row.get("task")
+    if task is not None and not isinstance(task, str):
+        raise DataError(f"{where}: task must be a text, not {task!r}.", 'For example "task": "caption".')
+    return task or ""
 
 
 def _references(row: dict, messages: tuple[dict, ...], where: str) -> tuple[str, ...]:

@@ -122,7 +122,8 @@ def _read_easy_vqa(name: str, rows: list[tuple[str, str, int]], images: dict[int
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     )
-    return Example(messages, (Path(images[image]),), f"{name} question {row}", (answer,), _easy_vqa_kind(answer))
+    where = f"{name} question {row}"
+    return Example(messages, (Path(images[image]),), where, (answer,), _easy_vqa_kind(answer), "question")
 
 
 def _easy_vqa_kind(answer: str) -> str:
