@@ -15,13 +15,7 @@ from hyperfade.errors import DataError
 
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
 ANSWER = {"role": "assistant", "content": "a cat"}
-GOOD = {
-    "messages": [USER, ANSWER],
-    "images": ["pictures/cat.png"],
-    "references": ["cat", "a cat"],
-    "kind": "animal",
-    "task": "question",
-}
+GOOD = {"messages": [USER, ANSWER], "images": ["pictures/cat.png"], "references": ["cat", "a cat"], "kind": "animal"}
 
 
 @pytest.fixture
@@ -80,9 +74,7 @@ def test_jsonl(folder: Path) -> None:
         where="train.jsonl line 1",
         references=("a cat", "cat"),
         kind="animal",
-        task="question",
     )
-    assert (source[1].kind, source[1].task) == ("", "")
     assert source[1].where == "train.jsonl line 4"
     assert source[-1].messages[1] == {"role": "user", "content": [{"type": "text", "text": "Hé? 🙂"}]}
     assert [example.where for example in source] == ["train.jsonl line 1", "train.jsonl line 4"]
@@ -101,6 +93,17 @@ def test_jsonl(folder: Path) -> None:
 )
 def test_an_answer_counts_as_often_as_it_was_given(folder: Path, listed: list, references: tuple) -> None:
     assert open_source(write(folder, GOOD | {"references": listed}))[0].references == references
+
+
+@pytest.mark.parametrize(("given", "task"), [({"task": "caption"}, "caption"), ({"task": None}, ""), ({}, "")])
+def test_a_row_may_name_its_task(folder: Path, given: dict, task: str) -> None:
+    assert open_source(write(folder, GOOD | given))[0].task == task
+
+
+@pytest.mark.parametrize("task", [3, ["caption"], {"name": "caption"}, False])
+def test_a_task_that_is_no_text_is_refused(folder: Path, task: object) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl line 1: task must be a text"):
+        open_source(write(folder, GOOD | {"task": task}))
 
 
 def test_sources_can_be_pickled(folder: Path) -> None:

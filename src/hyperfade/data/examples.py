@@ -46,7 +46,8 @@ class Example:
     kind: str = ""
     """Kind of question, for scores per kind."""
     task: str = ""
-    """What is asked for, which decides how answers are scored: question (also when empty), caption or reading."""
+    """What is to be done, which decides how answers are scored: question (also if empty), caption or reading; a task
+    has several kinds."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def read_row(row: Any, where: str, folder: Path) -> Example:
     reason = fault(messages)
     if reason:
         raise DataError(f"{where}: {reason}.", ROW_HINT)
-    kind, task = (str(row.get(key) or "") for key in ("kind", "task"))
-    return Example(messages, tuple(images), where, _references(row, messages, where), kind, task)
+    references = _references(row, messages, where)
+    return Example(messages, tuple(images), where, references, str(row.get("kind") or ""), _task(row, where))
 
 
 def fault(messages: tuple[dict, ...]) -> str | None:
@@ -186,6 +187,13 @@ def _image_ref(given: Any, where: str, folder: Path) -> ImageRef:
             f"{where}: image {given[:80]!r} is a URL; only files are read.", "Download it and give its path."
         )
     return folder / given
+
+
+def _task(row: dict, where: str) -> str:
+    task = row.get("task")
+    if task is not None and not isinstance(task, str):
+        raise DataError(f"{where}: task must be a text, not {task!r}.", 'For example "task": "caption".')
+    return task or ""
 
 
 def _references(row: dict, messages: tuple[dict, ...], where: str) -> tuple[str, ...]:

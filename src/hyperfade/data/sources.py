@@ -122,8 +122,8 @@ def _read_easy_vqa(name: str, rows: list[tuple[str, str, int]], images: dict[int
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     )
-    where, kind = f"{name} question {row}", _easy_vqa_kind(answer)
-    return Example(messages, (Path(images[image]),), where, (answer,), kind, "question")
+    where = f"{name} question {row}"
+    return Example(messages, (Path(images[image]),), where, (answer,), _easy_vqa_kind(answer), "question")
 
 
 def _easy_vqa_kind(answer: str) -> str:
