@@ -28,8 +28,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hyperfade.data import Collator, open_source
-from hyperfade.data.collate import IGNORED
-from hyperfade.distill import distill_
+from hyperfade.distill import answers_only, distill_
 from hyperfade.distill.loop import StepReport
 from hyperfade.hub import load, load_processor
 from hyperfade.recipe import Train
@@ -54,19 +53,6 @@ def add_lora_(model: Any, rank: int) -> None:
             layer.cast_input_dtype_enabled = False  # autocast casts the small matrices; PEFT would cast every input
     for parameter in training:  # PEFT freezes whatever is not an adapter
         parameter.requires_grad_(True)
-
-
-def answers_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`batch` with `logits_to_keep`: the output layer sees only positions from which some row predicts an answer.
-
-    labels (rows, tokens) → (rows, kept), so that the label at kept + 1 is still what position kept predicts. The last
-    position is kept beside them, because a loss leaves out what it predicts.
-    """
-    labels = batch["labels"]
-    places = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
-    last = labels.new_tensor([labels.shape[1] - 1])
-    labels = torch.cat([labels.new_full((len(labels), 1), IGNORED), labels[:, places + 1]], dim=1)
-    return batch | {"labels": labels, "logits_to_keep": torch.cat([places, last])}
 
 
 def progress(name: str, steps: int, every: int) -> Callable[[StepReport], None]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
 from hyperfade.data import Collator, Source, open_source
-from hyperfade.distill import LayerFit, StepReport, distill_, fit_, latest_step, teacher_of, total_steps, unshare_
+from hyperfade.distill import (
+    LayerFit,
+    StepReport,
+    answers_only,
+    distill_,
+    fit_,
+    latest_step,
+    teacher_of,
+    total_steps,
+    unshare_,
+)
 from hyperfade.errors import DataError, NothingMatchedError, PlanError
 from hyperfade.hub import (
     card,
@@ -46,6 +57,7 @@ from hyperfade.measure import (
     forward_flops,
     machine,
     num_parameters,
+    write_answers,
 )
 from hyperfade.recipe import Fit, Recipe, Train
 from hyperfade.report import plan_lines, read_metrics, write_report
@@ -63,18 +75,27 @@ class Task:
     processor: Any
     source: Source
     collator: Collator
+    keeps_logits: bool
+    """Whether the model can leave out logits that nobody asks for."""
 
     def dense(self) -> Any:
         """The model to compress, fresh from its checkpoint."""
-        return load(self.recipe.model, self.recipe.dtype).to(device())  # pyright: ignore[reportArgumentType]
+        return self._placed(load(self.recipe.model, self.recipe.dtype))
 
     def finished(self, variant: Variant) -> Any:
         """A variant's saved model, loaded as a user would."""
-        return load(str(variant.model)).to(device())  # pyright: ignore[reportArgumentType]
+        return self._placed(load(str(variant.model)))
+
+    def _placed(self, model: Any) -> Any:
+        if self.recipe.attention:
+            model.set_attn_implementation(self.recipe.attention)
+        return model.to(device())
 
     def training_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The training batch of the examples with these numbers, on the device."""
         batch = self._usable(self.collator.training_batch, numbers)
+        if self.keeps_logits:
+            batch = answers_only(batch)
         return {key: value.to(device()) for key, value in batch.items()}
 
     def prompt_batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -137,7 +158,8 @@ def _checked(recipe: Recipe) -> Task:
     # What is wrong with the evaluation is known now, not after training.
     evaluation = open_source(data.evaluation, on_bad=data.on_bad_sample)
     check_tasks(evaluation, limit=data.evaluation_limit, seed=recipe.seed)
-    return Task(recipe, processor, source, Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample))
+    collator = Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample)
+    return Task(recipe, processor, source, collator, "logits_to_keep" in signature(model.forward).parameters)
 
 
 def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
@@ -245,7 +267,9 @@ def _measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str
     for name, model in models.items():
         cached = recipe.output / "work" / f"quality-{name}.json"
         if not cached.exists():
-            write_json(cached, _quality(model, task).to_dict())
+            quality = _quality(model, task)
+            write_answers(recipe.output / "answers" / f"{name}.jsonl", quality.answers)
+            write_json(cached, quality.to_dict())
         qualities[name] = read_json(cached)
         for asked, own in tasks_of(qualities[name]).items():
             metric, score = own["headline"], own["scores"][own["headline"]]
@@ -290,6 +314,7 @@ def _quality(model: Any, task: Task) -> Quality:
         max_new_tokens=data.max_new_tokens,
         on_bad_sample=data.on_bad_sample,
         seed=task.recipe.seed,
+        keep_answers=True,
     )
 
 

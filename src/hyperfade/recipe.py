@@ -45,7 +45,17 @@ def _free_name(value: str) -> str:
 Number = Annotated[float, BeforeValidator(_number_in_text)]
 Name = Annotated[str, AfterValidator(_free_name)]
 Kind = Literal[
-    "products", "learned", "complex", "split_complex", "quaternion", "octonion", "cyclic", "z2", "paper", "low_rank"
+    "products",
+    "learned",
+    "complex",
+    "split_complex",
+    "quaternion",
+    "octonion",
+    "cyclic",
+    "z2",
+    "paper",
+    "low_rank",
+    "dense",
 ]
 Region = Literal["language", "vision", "projector", "other"]
 
@@ -57,7 +67,9 @@ class _Section(BaseModel):
 class Layer(_Section):
     """What one dense matrix becomes."""
 
-    kind: Kind = Field(default="products", description="algebra of the PHM layer, or low_rank for the baseline")
+    kind: Kind = Field(
+        default="products", description="algebra of the PHM layer; low_rank; or dense, which only width makes smaller"
+    )
     n: int | None = Field(default=None, ge=2, description="algebra dimension (products, learned, cyclic, z2)")
     terms: int | None = Field(default=None, ge=1, description="number of terms t of a terms-form algebra [default: n]")
     products: int | None = Field(
@@ -65,7 +77,17 @@ class Layer(_Section):
     )
     companion_rank: int = Field(default=0, ge=0, description="rank of the low-rank companion added to the PHM layer")
     fraction: Number | None = Field(
-        default=None, gt=0, lt=1, description="low_rank only: parameters, as a fraction of dense"
+        default=None,
+        gt=0,
+        lt=1,
+        description="parameters as a fraction of the matrix: of low_rank, or of a hypercomplex layer with the companion"
+        " that fills it up",
+    )
+    width: Number | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the FFN's hidden units that stay, those that matter most; what stays becomes `kind`",
     )
 
     @model_validator(mode="after")
@@ -75,14 +97,18 @@ class Layer(_Section):
             raise ValueError(f"kind {self.kind!r} needs n, the algebra dimension (2, 4 or 8 are usual)")
         if not needs_n and self.n is not None:
             raise ValueError(f"kind {self.kind!r} takes no n")
-        if (self.kind == "low_rank") != (self.fraction is not None):
-            raise ValueError("fraction is given for kind low_rank, and for that kind only")
-        if self.terms is not None and self.kind in ("products", "low_rank"):
+        if self.kind == "low_rank" and self.fraction is None:
+            raise ValueError("kind 'low_rank' needs fraction, its share of the matrix's parameters")
+        if self.fraction is not None and (self.companion_rank or self.kind == "dense"):
+            raise ValueError("fraction sets the companion's rank: leave companion_rank out, and kind 'dense' has none")
+        if self.kind == "dense" and self.width is None:
+            raise ValueError("kind 'dense' needs a width: without one nothing becomes smaller (null keeps a layer)")
+        if self.terms is not None and self.kind in ("products", "low_rank", "dense"):
             raise ValueError(f"kind {self.kind!r} has no terms")
         if self.products is not None and self.kind != "products":
             raise ValueError(f"products is the size of kind 'products', not of {self.kind!r}")
-        if self.kind == "low_rank" and self.companion_rank:
-            raise ValueError("kind 'low_rank' has no companion: raise its fraction instead")
+        if self.kind in ("low_rank", "dense") and self.companion_rank:
+            raise ValueError(f"kind {self.kind!r} has no companion: it is for hypercomplex layers")
         return self
 
 
@@ -119,6 +145,11 @@ class Replace(_Section):
             )
         return self
 
+    def layers(self) -> list[Layer]:
+        """Every layer that some matrix may become."""
+        named = (self.language, self.vision, self.projector, self.other, *(rule.layer for rule in self.rules))
+        return [layer for layer in named if layer is not None]
+
 
 class Fit(_Section):
     """How dense weights become hypercomplex ones before any training."""
@@ -128,6 +159,13 @@ class Fit(_Section):
     )
     basis: Literal["none", "energy"] = Field(
         default="none", description="order of the FFN's hidden units before the split"
+    )
+    prefix: Literal["compressed", "dense"] = Field(
+        default="compressed",
+        description="what a layer is fitted behind: the layers compressed so far, or (one pass for all) the dense ones",
+    )
+    refit_writer: bool = Field(
+        default=True, description="with a width: solve the writer for the units that stay; false is plain pruning"
     )
     sweeps: int = Field(default=12, ge=1, description="alternating least-squares sweeps per matrix")
     samples: int = Field(default=128, ge=1, description="training samples whose activations calibrate the fit")
@@ -216,6 +254,11 @@ class Recipe(_Section):
     output: Path = Field(Path("runs/compressed"), description="folder for the checkpoint, results and report")
     seed: int = Field(default=0, ge=0, description="seed of everything random")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype the model runs in")
+    attention: Literal["sdpa", "eager"] | None = Field(
+        default=None,
+        description="attention the models run with here; eager trains short sequences faster on a CPU"
+        " [default: transformers' choice]",
+    )
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="dtype on disk [default: dtype]"
     )
@@ -224,6 +267,16 @@ class Recipe(_Section):
     train: Train = Train()
     data: Data = Data()
     rivals: dict[Name, Rival] = Field(default={}, description="baselines trained beside it, by name")
+
+    @model_validator(mode="after")
+    def _widths_have_activations(self) -> Self:
+        own = [(self.replace, self.fit), *((r.replace, r.fit or self.fit) for r in self.rivals.values())]
+        for replaced, fit in own:
+            if fit.method != "calibrated" and any(layer.width is not None for layer in replaced.layers()):
+                raise ValueError(
+                    "a layer's width chooses units by activations, which only fit.method calibrated gathers"
+                )
+        return self
 
     @model_validator(mode="after")
     def _trainable_dtype(self) -> Self:

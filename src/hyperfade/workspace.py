@@ -4,6 +4,7 @@ output/
   recipe.yaml        the complete recipe
   model/             the finished checkpoint
   results.json       everything measured
+  answers/           every model's answers, for paired comparisons
   report.md  plots/  the same for people
   work/              what an interrupted run continues from, and metrics.jsonl
   rivals/NAME/       model/ and work/ of every rival

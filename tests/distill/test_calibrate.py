@@ -97,9 +97,9 @@ def test_errors_are_those_of_the_layers_that_were_fitted(monkeypatch: pytest.Mon
     calls: dict[str, Tensor] = {}
     real = calibrate._fit_matrix
 
-    def spy(blend: Any, swap: Any, moment: Tensor, recipe: Fit, began: float) -> LayerFit:
+    def spy(blend: Any, swap: Any, rival: Any, moment: Tensor, recipe: Fit) -> tuple[float, int]:
         calls[swap.name] = moment.clone()
-        return real(blend, swap, moment, recipe, began)
+        return real(blend, swap, rival, moment, recipe)
 
     monkeypatch.setattr(calibrate, "_fit_matrix", spy)
     fitted = fit_(student, plan, calibration(), LIGHT)

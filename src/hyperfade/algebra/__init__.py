@@ -4,7 +4,7 @@ from hyperfade.algebra.bases import NAMED, Algebra, BilinearFactors
 from hyperfade.algebra.fit import Fit, fit
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_for
-from hyperfade.algebra.moments import SecondMoment, conditioned, output_error, ridge_
+from hyperfade.algebra.moments import SecondMoment, conditioned, in_float64, output_error, ridge_, solve_psd
 
 __all__ = [
     "NAMED",
@@ -16,10 +16,12 @@ __all__ = [
     "blocks",
     "conditioned",
     "fit",
+    "in_float64",
     "kron_sum",
     "low_rank",
     "output_error",
     "rank_for",
     "rearranged",
     "ridge_",
+    "solve_psd",
 ]

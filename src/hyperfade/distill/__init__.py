@@ -2,6 +2,7 @@
 
 from hyperfade.distill.calibrate import LayerFit, fit_
 from hyperfade.distill.loop import StepReport, Summary, distill_
+from hyperfade.distill.losses import answers_only
 from hyperfade.distill.schedule import alpha_at, fade_progress, kd_weight_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import data_order, latest_step
 from hyperfade.distill.teacher import teacher_of, unshare_
@@ -11,6 +12,7 @@ __all__ = [
     "StepReport",
     "Summary",
     "alpha_at",
+    "answers_only",
     "data_order",
     "distill_",
     "fade_progress",

@@ -2,38 +2,50 @@
 
 Each FFN is fitted on the inputs it will really see: those that come out of the layers already replaced (as GPTQ and
 SVD-LLM do). Only one layer's second moment is in memory at a time; to get it, calibration batches run through the model
-up to that layer and no further.
+up to that layer and no further. `prefix: dense` takes all second moments in one pass over the dense model instead: as
+many times faster as the model has layers, with all of them in memory, and blind to the errors of earlier layers.
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperfade.algebra import SecondMoment, conditioned, fit, low_rank, ridge_
+from hyperfade.algebra import LowRankFit, fit, low_rank
+from hyperfade.distill.activations import Batch, input_hooks, run, second_moments
 from hyperfade.errors import FitError
-from hyperfade.nn import BlendLinear, LowRankLinear, PHMLinear
+from hyperfade.nn import BlendLinear, LowRankLinear, NarrowLinear, PHMLinear
 from hyperfade.recipe import Fit as FitRecipe
-from hyperfade.surgery import FFN, Plan, Swap, blends, energy_order, matched_low_rank, permute_hidden_
+from hyperfade.surgery import (
+    FFN,
+    Plan,
+    Swap,
+    blends,
+    contribution_order,
+    energy_order,
+    matched_low_rank,
+    permute_hidden_,
+    pruned_error,
+    refitted_writer,
+)
 
-Batch = dict[str, Tensor]
-_ORDER = "hidden_order"
+_ORDER, _WRITER = "hidden_order", "dense_writer"
 
 
 @dataclass(frozen=True)
 class LayerFit:
     """How one matrix came out: relative output errors (weight errors for the Frobenius fit; None for a random start).
 
-    low_rank_error is that of the whitened low-rank layer with as many parameters. seconds of the first matrix on an
-    input hold the calibration passes that gathered its second moment.
+    low_rank_error is that of the whitened low-rank layer with as many parameters. Where an FFN keeps a part of its
+    hidden units, a reader's error is that of the rows that stay, and the writer's holds what leaving others out costs.
+    seconds of the first matrix on an input hold the calibration passes that gathered its second moment.
     """
 
     name: str
@@ -53,7 +65,8 @@ def fit_(
     folder: Path | None = None,
     on_layer: Callable[[LayerFit], None] = lambda layer: None,
 ) -> list[LayerFit]:
-    """Fit the light branch of every `BlendLinear` that `plan` made in `model`; the model ends at α = 0 as it began.
+    """Fit the light branch of every `BlendLinear` that `plan` made in `model`; the model ends at α = 0 as it began,
+    but where FFNs keep a part of their hidden units it ends with those alone.
 
     batches: calibration inputs, keyword arguments of the model's forward (labels are left out). folder: finished FFNs
     are kept there and taken from there, so an interrupted fit continues. on_layer is called after each matrix.
@@ -67,15 +80,18 @@ def fit_(
     model.eval()
     results: list[LayerFit] = []
     ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches)
+    dense_moments: dict[str, Tensor] = {}
+    if recipe.method == "calibrated" and recipe.prefix == "dense":
+        dense_moments = second_moments(model, {name: layers[name] for name in swaps}, batches, recipe.ridge)
     for ffn in ffns:
         mine = {name: layers[name] for name in ffn.linears if name in swaps}
         file = folder / f"{ffn.name}.safetensors" if folder else None
         if file is not None and file.exists():
             fitted = _restore(file, ffn, mine)
         else:
-            fitted, order = _fit_ffn(model, ffn, mine, swaps, batches, recipe)
+            fitted, order = _fit_ffn(model, ffn, mine, swaps, batches, recipe, dense_moments)
             if file is not None:
-                _keep(file, mine, fitted, order)
+                _keep(file, ffn, mine, fitted, order)
         for layer in fitted:
             on_layer(layer)
         results += fitted
@@ -92,86 +108,94 @@ def _fit_ffn(
     swaps: dict[str, Swap],
     batches: Sequence[Batch],
     recipe: FitRecipe,
+    dense_moments: Mapping[str, Tensor],
 ) -> tuple[list[LayerFit], Tensor | None]:
-    """Readers first, on the FFN's input; then, with them in place, the writer on what it then reads."""
-    order = None
+    """Readers first, on the FFN's input; then the writer, on what it reads with them in place (or in the dense model,
+    where `dense_moments` has that)."""
+
+    def moment_of(name: str) -> Tensor:
+        if name in dense_moments:
+            moment = dense_moments[name]
+            return moment if order is None or name != ffn.writer else moment[order][:, order]
+        return second_moments(model, {name: mine[name]}, batches, recipe.ridge)[name]
+
+    order, lost, rivals = None, 0.0, {}
     calibrated = recipe.method == "calibrated"
-    if recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
-        order = energy_order(_second_moment(model, ffn, mine[ffn.writer], batches, ridge=0))
+    narrow = ffn.writer in mine and swaps[ffn.writer].spec.replaced is not None
+    if not narrow and recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
+        order = energy_order(moment_of(ffn.writer))
         permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
-        for blend in mine.values():
-            if blend.dense.bias is not None and blend.light.bias is not None:
-                blend.light.bias.copy_(blend.dense.bias)
+        _copy_biases_(mine)
+    whole = {name: blend.dense.weight for name, blend in mine.items()}
+    if narrow:
+        hidden = moment_of(ffn.writer)
+        rivals[ffn.writer] = low_rank(whole[ffn.writer], matched_low_rank(swaps[ffn.writer]), hidden, ridge=0)
+        order, lost = _narrow_(ffn, mine, swaps[ffn.writer].spec.in_features, hidden, recipe)
     results = []
     for group in (ffn.readers, (ffn.writer,)):
         group = [name for name in group if name in mine]
         began = time.perf_counter()
-        moment = _second_moment(model, ffn, mine[group[0]], batches, recipe.ridge) if calibrated and group else None
+        moment = moment_of(group[0]) if calibrated and group else None
         for name in group:
-            results.append(_fit_matrix(mine[name], swaps[name], moment, recipe, began))
+            try:
+                if name not in rivals:
+                    rivals[name] = low_rank(whole[name], matched_low_rank(swaps[name]), moment, ridge=0)
+                error, sweeps = _fit_matrix(mine[name], swaps[name], rivals[name], moment, recipe)
+            except FitError as failure:
+                raise FitError(f"{name}: {failure.message}", failure.hint) from failure
+            if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up
+                error = math.hypot(lost, error * math.sqrt(max(0.0, 1 - lost**2)))
+            label, seconds = swaps[name].spec.label, time.perf_counter() - began
+            results.append(LayerFit(name, label, error, rivals[name].error, sweeps, seconds))
             began = time.perf_counter()
         for name in group:
             mine[name].alpha = 1.0
     return results, order
 
 
-def _fit_matrix(blend: BlendLinear, swap: Swap, moment: Tensor | None, recipe: FitRecipe, began: float) -> LayerFit:
-    try:
-        rival = low_rank(blend.dense.weight, matched_low_rank(swap), moment, ridge=0)
-        error, sweeps = rival.error, 0
-        if swap.spec.algebra is None:
-            assert type(blend.light) is LowRankLinear
-            blend.light.load_fit_(rival)
-        else:
-            assert type(blend.light) is PHMLinear
-            best = fit(
-                blend.dense.weight,
-                swap.spec.algebra,
-                moment,
-                sweeps=recipe.sweeps,
-                companion_rank=swap.spec.rank,
-                ridge=0,
-            )
-            blend.light.load_fit_(best)
-            error, sweeps = best.error, len(best.errors) - 1
-    except FitError as failure:
-        raise FitError(f"{swap.name}: {failure.message}", failure.hint) from failure
-    return LayerFit(swap.name, swap.spec.label, error, rival.error, sweeps, time.perf_counter() - began)
+def _narrow_(
+    ffn: FFN, mine: dict[str, BlendLinear], count: int, hidden: Tensor, recipe: FitRecipe
+) -> tuple[Tensor, float]:
+    """Leave the dense branches of `ffn` the `count` hidden units that contribute most, hidden (hidden, hidden) their
+    second moment; returns the units, best first, and the writer's relative output error."""
+    writer = mine[ffn.writer].dense.weight
+    kept = contribution_order(writer, hidden)[:count]
+    if recipe.refit_writer:
+        refitted, error = refitted_writer(writer, hidden, kept)
+    else:
+        refitted, error = None, pruned_error(writer, hidden, kept)
+    permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, kept)
+    if refitted is not None:
+        mine[ffn.writer].dense.weight.copy_(refitted)
+    _copy_biases_(mine)
+    return kept, error
 
 
-class _Reached(Exception):
-    """Raised inside a forward pass once the wanted layer has its input: the rest of the pass is not needed."""
+def _copy_biases_(mine: dict[str, BlendLinear]) -> None:
+    """Hidden units have moved: so do the biases of the light branches."""
+    for blend in mine.values():
+        if blend.dense.bias is not None and blend.light.bias is not None:
+            blend.light.bias.copy_(blend.dense.bias)
 
 
-def _second_moment(model: nn.Module, ffn: FFN, layer: nn.Module, batches: Sequence[Batch], ridge: float) -> Tensor:
-    """C (d, d) of the inputs of `layer`, a part of `ffn`, over all batches, with the ridge that all fits on it share;
-    padding of the text does not count."""
-    moment: SecondMoment | None = None
-    mask: Tensor | None = None
-
-    def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal moment
-        x = args[0].flatten(0, -2)  # some families (OPT) flatten it themselves
-        if mask is not None and len(x) == mask.numel():
-            x = x[mask.flatten().bool()]
-        if moment is None:
-            moment = SecondMoment(x.shape[-1], x.device)
-        moment.add_(x)
-        raise _Reached
-
-    with _hooks({layer: collect}):
-        for batch in batches:
-            mask = batch.get("attention_mask") if ffn.region in ("language", "other") else None
-            _run(model, batch)
-    if moment is None:
-        raise FitError(f"No calibration batch reaches {ffn.name}.", "Give calibration data with images and text.")
-    try:
-        second_moment = moment.mean()
-        conditioned(second_moment, len(second_moment), 0, second_moment.device)  # finite?
-    except FitError as failure:
-        name = next(name for name, module in model.named_modules() if module is layer)
-        raise FitError(f"{name}: {failure.message}", failure.hint) from failure
-    return ridge_(second_moment, ridge)
+def _fit_matrix(
+    blend: BlendLinear, swap: Swap, rival: LowRankFit, moment: Tensor | None, recipe: FitRecipe
+) -> tuple[float, int]:
+    """Fill the light branch; returns its relative error on the dense branch, and the sweeps it took."""
+    weight, spec = blend.dense.weight, swap.spec
+    if spec.dense:
+        assert type(blend.light) is NarrowLinear
+        blend.light.core.weight.copy_(weight)
+        return 0.0, 0
+    if spec.algebra is None:
+        assert type(blend.light) is LowRankLinear
+        own = rival if spec.replaced is None else low_rank(weight, spec.rank, moment, ridge=0)
+        blend.light.load_fit_(own)
+        return own.error, 0
+    assert type(blend.light) is PHMLinear
+    best = fit(weight, spec.algebra, moment, sweeps=recipe.sweeps, companion_rank=spec.rank, ridge=0)
+    blend.light.load_fit_(best)
+    return best.error, len(best.errors) - 1
 
 
 def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
@@ -183,8 +207,8 @@ def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> 
     met: list[str] = []
     by_first_layer = {next(name for name in f.linears if name in {s.name for s in plan.swaps}): f for f in plan.ffns}
     layers = blends(model)
-    with _hooks({layers[name]: lambda module, args, name=name: met.append(name) for name in by_first_layer}):
-        _run(model, batches[0])
+    with input_hooks({layers[name]: lambda module, args, name=name: met.append(name) for name in by_first_layer}):
+        run(model, batches[0])
     missed = [f.name for name, f in by_first_layer.items() if name not in met]
     if missed:
         raise FitError(
@@ -194,26 +218,11 @@ def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> 
     return [by_first_layer[name] for name in dict.fromkeys(met)]
 
 
-@contextmanager
-def _hooks(hooks: Mapping[Any, Callable[[nn.Module, Any], None]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(model: nn.Module, batch: Batch) -> None:
-    with suppress(_Reached):
-        model(**{key: value for key, value in batch.items() if key != "labels"})
-
-
-def _keep(file: Path, mine: dict[str, BlendLinear], fitted: list[LayerFit], order: Tensor | None) -> None:
-    """One finished FFN on disk: its light branches, the order of its hidden units, its errors."""
+def _keep(file: Path, ffn: FFN, mine: dict[str, BlendLinear], fitted: list[LayerFit], order: Tensor | None) -> None:
+    """One finished FFN on disk: its light branches, which hidden units it has in which order, its errors."""
     tensors = {f"{n}/{k}": v.contiguous() for n, blend in mine.items() for k, v in blend.light.state_dict().items()}
     if order is not None:
-        tensors[_ORDER] = order
+        tensors |= {_ORDER: order, _WRITER: mine[ffn.writer].dense.weight.contiguous()}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     save_file(tensors, partial, metadata={"fits": json.dumps([asdict(layer) for layer in fitted])})
@@ -227,6 +236,7 @@ def _restore(file: Path, ffn: FFN, mine: dict[str, BlendLinear]) -> list[LayerFi
     order = tensors.pop(_ORDER, None)
     if order is not None:
         permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
+        mine[ffn.writer].dense.weight.copy_(tensors.pop(_WRITER))
     for name, blend in mine.items():
         state = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
         blend.light.load_state_dict(state)

@@ -40,6 +40,20 @@ def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, -labels.shape[1] : -1][mask].float(), targets[mask]
 
 
+def answers_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`batch` with `logits_to_keep`: the output layer sees only positions from which some row predicts an answer.
+
+    A large vocabulary at every position of a sample costs as much as many layers. labels (rows, tokens) → (rows, kept),
+    so that the label at kept + 1 is still what position kept predicts. The last position is kept beside them, because
+    `answer_logits` leaves out what it predicts. For models whose forward takes `logits_to_keep`.
+    """
+    labels = batch["labels"]
+    places = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
+    last = labels.new_tensor([labels.shape[1] - 1])
+    labels = torch.cat([labels.new_full((len(labels), 1), IGNORED), labels[:, places + 1]], dim=1)
+    return batch | {"labels": labels, "logits_to_keep": torch.cat([places, last])}
+
+
 def cross_entropy(student: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     """Mean cross-entropy over tokens: student logits (tokens, vocabulary), targets (tokens,)."""
     return F.cross_entropy(student, targets, label_smoothing=label_smoothing)

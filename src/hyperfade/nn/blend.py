@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.nn.low_rank import LowRankLinear
+from hyperfade.nn.narrow import NarrowLinear
 from hyperfade.nn.phm import PHMLinear
 
 
@@ -17,7 +18,7 @@ class BlendLinear(nn.Module):
     the dense output's mean square, in `reconstruction` (a scalar with gradients to the light branch), at any α.
     """
 
-    def __init__(self, dense: nn.Linear, light: PHMLinear | LowRankLinear) -> None:
+    def __init__(self, dense: nn.Linear, light: PHMLinear | LowRankLinear | NarrowLinear) -> None:
         super().__init__()
         self.dense = dense.requires_grad_(False)
         self.light = light

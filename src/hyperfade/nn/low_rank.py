@@ -9,6 +9,8 @@ from hyperfade.algebra import LowRankFit
 class LowRankLinear(nn.Module):
     """y = expand(reduce(x)) + bias with reduce: d → q and expand: q → k, both `nn.Linear`."""
 
+    replaced: tuple[int, int] | None = None  # (in, out) of the dense matrix, where this layer is narrower
+
     def __init__(
         self,
         in_features: int,

@@ -68,6 +68,8 @@ class PHMLinear(nn.Module):
     divide both widths.
     """
 
+    replaced: tuple[int, int] | None = None  # (in, out) of the dense matrix, where this layer is narrower
+
     def __init__(
         self,
         in_features: int,

@@ -9,14 +9,20 @@ from torch import nn
 from hyperfade.algebra import Algebra
 from hyperfade.errors import CheckpointError, HyperfadeError
 from hyperfade.nn.low_rank import LowRankLinear
+from hyperfade.nn.narrow import NarrowLinear
 from hyperfade.nn.phm import PHMLinear
+
+Light = PHMLinear | LowRankLinear | NarrowLinear
+"""A layer that takes a dense matrix's place."""
 
 
 @dataclass(frozen=True)
 class LightSpec:
     """A replacement for a dense (out_features, in_features) matrix: hypercomplex, or (algebra None) low-rank.
 
-    rank: of the low-rank layer, or of the hypercomplex layer's companion (0 for none).
+    rank: of the low-rank layer, or of the hypercomplex layer's companion (0 for none). replaced: (in, out) of the dense
+    matrix where the FFN keeps a part of its hidden units only, so that the layer is narrower than the matrix; None
+    where it is as wide. A narrower layer may also be dense: algebra None, rank 0.
     """
 
     in_features: int
@@ -24,58 +30,84 @@ class LightSpec:
     bias: bool
     algebra: Algebra | None
     rank: int = 0
+    replaced: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, layer: PHMLinear | LowRankLinear) -> "LightSpec":
+    def of(cls, layer: Light) -> "LightSpec":
         """The spec that would build `layer` again."""
         widths = layer.in_features, layer.out_features, layer.bias is not None
         if isinstance(layer, PHMLinear):
-            return cls(*widths, layer.algebra, layer.companion.rank if layer.companion else 0)
-        return cls(*widths, None, layer.rank)
+            return cls(*widths, layer.algebra, layer.companion.rank if layer.companion else 0, layer.replaced)
+        return cls(*widths, None, layer.rank if isinstance(layer, LowRankLinear) else 0, layer.replaced)
 
-    def build(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> PHMLinear | LowRankLinear:
+    @property
+    def dense_features(self) -> tuple[int, int]:
+        """(in, out) of the dense matrix."""
+        return self.replaced or (self.in_features, self.out_features)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layer is a dense one, of fewer hidden units."""
+        return self.algebra is None and not self.rank
+
+    def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Light:
         """A fresh layer of this kind."""
         like = {"device": device, "dtype": dtype}
-        if self.algebra is None:
-            return LowRankLinear(self.in_features, self.out_features, self.rank, self.bias, **like)
-        return PHMLinear(self.in_features, self.out_features, self.algebra, self.bias, self.rank, **like)
+        if self.dense:
+            layer = NarrowLinear(self.in_features, self.out_features, self.bias, **like)
+        elif self.algebra is None:
+            layer = LowRankLinear(self.in_features, self.out_features, self.rank, self.bias, **like)
+        else:
+            layer = PHMLinear(self.in_features, self.out_features, self.algebra, self.bias, self.rank, **like)
+        layer.replaced = self.replaced
+        return layer
 
     @property
     def num_parameters(self) -> int:
         """Numbers the layer trains, its bias included."""
         low_rank = self.rank * (self.in_features + self.out_features)
         light = self.algebra.num_parameters(self.in_features, self.out_features) if self.algebra else 0
-        return light + low_rank + (self.out_features if self.bias else 0)
+        dense = self.in_features * self.out_features if self.dense else 0
+        return light + low_rank + dense + (self.out_features if self.bias else 0)
 
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds per token."""
+        if self.dense:
+            return self.in_features * self.out_features
         low_rank = self.rank * (self.in_features + self.out_features)
         return low_rank + (self.algebra.multiply_adds(self.in_features, self.out_features) if self.algebra else 0)
 
     @property
     def label(self) -> str:
         """A short name for tables, e.g. `products n=4 R=4`."""
+        width = "" if self.replaced is None else f" {self.in_features}→{self.out_features}"
+        if self.dense:
+            return f"dense{width}"
         if self.algebra is None:
-            return f"low-rank q={self.rank}"
+            return f"low-rank q={self.rank}{width}"
         a = self.algebra
         companion = f" + rank {self.rank}" if self.rank else ""
-        return f"{a.name.replace('_', '-')} n={a.n} {'t' if a.form == 'terms' else 'R'}={a.size}{companion}"
+        return f"{a.name.replace('_', '-')} n={a.n} {'t' if a.form == 'terms' else 'R'}={a.size}{companion}{width}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; `replaced` only where it says something."""
+        fields = asdict(self)
+        if self.replaced is None:
+            del fields["replaced"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str) -> "LightSpec":
         """The spec written by `to_dict`. Raises `CheckpointError` for anything else."""
         try:
-            algebra = fields["algebra"]
-            spec = cls(**{**fields, "algebra": None if algebra is None else _algebra(algebra)})
-            widths_fit = spec.in_features > 0 and spec.out_features > 0
-            if not (widths_fit and spec.rank >= (0 if algebra else 1) and isinstance(spec.bias, bool)):
+            algebra, replaced = fields["algebra"], fields.get("replaced")
+            values = {
+                "algebra": None if algebra is None else _algebra(algebra),
+                "replaced": None if replaced is None else tuple(replaced),
+            }
+            spec = cls(**{**fields, **values})
+            if not (_widths_fit(spec) and spec.rank >= 0 and isinstance(spec.bias, bool)):
                 raise ValueError(f"impossible values in {spec}")
             with torch.device("meta"):
                 spec.build()
@@ -84,6 +116,15 @@ class LightSpec:
                 f"Layer {where} is described wrongly: {error!r}.", "Save the checkpoint again."
             ) from error
         return spec
+
+
+def _widths_fit(spec: LightSpec) -> bool:
+    """Whether the widths are possible: as wide as the dense matrix, or narrower on one of its two sides."""
+    own = (spec.in_features, spec.out_features)
+    if spec.replaced is None:
+        return min(own) > 0 and not spec.dense
+    whole_in, whole_out = spec.replaced
+    return (0 < own[0] < whole_in and own[1] == whole_out) or (own[0] == whole_in and 0 < own[1] < whole_out)
 
 
 def _algebra(fields: dict[str, Any]) -> Algebra:
@@ -99,10 +140,10 @@ def _algebra(fields: dict[str, Any]) -> Algebra:
     return made
 
 
-def light_modules(model: nn.Module) -> dict[str, PHMLinear | LowRankLinear]:
+def light_modules(model: nn.Module) -> dict[str, Light]:
     """The replacement layers inside `model` by module name; a PHM layer's companion is part of it, not one more."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, PHMLinear | LowRankLinear) and name.rpartition(".")[0] not in found:
+        if isinstance(module, Light) and name.rpartition(".")[0] not in found:
             found[name] = module
     return found

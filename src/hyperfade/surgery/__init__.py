@@ -1,6 +1,6 @@
 """Where the FFNs are, what becomes of them, and the change itself."""
 
-from hyperfade.surgery.basis import energy_order, permute_hidden_
+from hyperfade.surgery.basis import contribution_order, energy_order, permute_hidden_, pruned_error, refitted_writer
 from hyperfade.surgery.families import FFN, find_ffns, region_of
 from hyperfade.surgery.plan import Plan, Swap, human, matched_low_rank, plan
 from hyperfade.surgery.swap import blends, drop_dense_, install_, join_readers_, set_alpha_, swap_
@@ -10,6 +10,7 @@ __all__ = [
     "Plan",
     "Swap",
     "blends",
+    "contribution_order",
     "drop_dense_",
     "energy_order",
     "find_ffns",
@@ -19,6 +20,8 @@ __all__ = [
     "matched_low_rank",
     "permute_hidden_",
     "plan",
+    "pruned_error",
+    "refitted_writer",
     "region_of",
     "set_alpha_",
     "swap_",

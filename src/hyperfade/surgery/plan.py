@@ -31,13 +31,14 @@ class Swap:
     @property
     def dense_parameters(self) -> int:
         """Parameters of the dense layer, its bias included."""
-        s = self.spec
-        return s.in_features * s.out_features + (s.out_features if s.bias else 0)
+        d, k = self.spec.dense_features
+        return d * k + (k if self.spec.bias else 0)
 
     @property
     def dense_multiply_adds(self) -> int:
         """Multiply-adds per token of the dense layer."""
-        return self.spec.in_features * self.spec.out_features
+        d, k = self.spec.dense_features
+        return d * k
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
             if layer is None:
                 kept.append((name, reason))
             else:
-                swaps.append(Swap(name, ffn.name, ffn.region, _spec(layer, linear, name)))
+                swaps.append(Swap(name, ffn.name, ffn.region, _spec(layer, linear, ffn, name)))
+        _check_widths(ffn, swaps)
     if not swaps:
         regions = ", ".join(sorted({f.region for f in ffns}))
         raise AllExcludedError(
@@ -163,21 +165,63 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: nn.Linear, ffns: tuple
     return layer, reason
 
 
-def _spec(layer: Layer, linear: nn.Linear, name: str) -> LightSpec:
+def _spec(layer: Layer, linear: nn.Linear, ffn: FFN, name: str) -> LightSpec:
     d, k, bias = linear.in_features, linear.out_features, linear.bias is not None
-    if layer.fraction is not None:
-        spec = LightSpec(d, k, bias, None, rank_for(d, k, layer.fraction * d * k))
+    replaced = None
+    if layer.width is not None and ffn.readers:
+        replaced = (d, k)
+        d, k = (kept_units(layer, d), k) if name == ffn.writer else (d, kept_units(layer, k))
+    if layer.kind == "dense":
+        spec = LightSpec(d, k, bias, None, 0, replaced)
+    elif layer.kind == "low_rank":
+        assert layer.fraction is not None
+        spec = LightSpec(d, k, bias, None, rank_for(d, k, layer.fraction * d * k), replaced)
     else:
         algebra = algebra_of(layer)
         algebra.check_features(d, k, where=name)
-        spec = LightSpec(d, k, bias, algebra, layer.companion_rank)
-    dense = d * k + (k if bias else 0)
+        spec = LightSpec(d, k, bias, algebra, _companion_rank(layer, algebra, d, k, name), replaced)
+    dense = linear.in_features * linear.out_features + (linear.out_features if bias else 0)
     if spec.num_parameters >= dense:
         raise PlanError(
-            f"{name} ({k}, {d}) would not shrink: {spec.num_parameters:,} parameters as {spec.label}, dense {dense:,}.",
-            "Use fewer terms or products, a smaller companion_rank, or exclude the matrix.",
+            f"{name} {tuple(linear.weight.shape)} would not shrink: {spec.num_parameters:,} parameters as {spec.label},"
+            f" dense {dense:,}.",
+            "Use fewer terms or products, a smaller companion_rank or width, or exclude the matrix.",
         )
     return spec
+
+
+def _companion_rank(layer: Layer, algebra: Algebra, d: int, k: int, name: str) -> int:
+    """The companion's rank: as given, or what fills the layer up to its fraction of a (k, d) matrix."""
+    if layer.fraction is None:
+        return layer.companion_rank
+    own = algebra.num_parameters(d, k)
+    left = layer.fraction * d * k - own
+    if left < 0:
+        raise PlanError(
+            f"{name} ({k}, {d}): its {layer.kind} alone take {own / (d * k):.3f} of the matrix, fraction is "
+            f"{layer.fraction:g}.",
+            "Raise the fraction, or ask for fewer terms or products.",
+        )
+    return int(left // (d + k))
+
+
+def kept_units(layer: Layer, hidden: int) -> int:
+    """How many of an FFN's `hidden` units a layer with a width keeps: a multiple of 8 (of hidden / 8 where there are
+    few) that n divides, because odd widths are slow."""
+    assert layer.width is not None
+    step = math.lcm(layer.n or 1, 8 if hidden >= 256 else max(hidden // 32, 1))
+    return min(max(step, round(layer.width * hidden / step) * step), hidden - step)
+
+
+def _check_widths(ffn: FFN, swaps: list[Swap]) -> None:
+    """Raise `PlanError` unless all matrices of the FFN, the last of `swaps`, agree on how many hidden units it has."""
+    own = [s for s in swaps if s.ffn == ffn.name]
+    narrow = {s.spec.in_features if s.name == ffn.writer else s.spec.out_features for s in own if s.spec.replaced}
+    if narrow and (len(narrow) > 1 or any(s.spec.replaced is None for s in own) or len(own) < len(ffn.linears)):
+        raise PlanError(
+            f"{ffn.name}: its matrices would have different numbers of hidden units.",
+            "Give all matrices of an FFN the same width: let rules match the whole FFN, and exclude all of it or none.",
+        )
 
 
 def algebra_of(layer: Layer) -> Algebra:
@@ -191,9 +235,9 @@ def algebra_of(layer: Layer) -> Algebra:
 
 def matched_low_rank(swap: Swap) -> int:
     """The rank of a low-rank layer with as many parameters as the swap's replacement (at most the full rank)."""
-    s = swap.spec
-    budget = s.num_parameters - (s.out_features if s.bias else 0)
-    return min(rank_for(s.in_features, s.out_features, budget), s.in_features, s.out_features)
+    d, k = swap.spec.dense_features
+    budget = swap.spec.num_parameters - (swap.spec.out_features if swap.spec.bias else 0)
+    return min(rank_for(d, k, budget), d, k)
 
 
 def human(count: float) -> str:

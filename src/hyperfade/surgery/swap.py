@@ -12,6 +12,9 @@ from hyperfade.surgery.plan import Plan
 def swap_(model: nn.Module, plan: Plan) -> None:
     """Put a `BlendLinear` at α = 0 in the place of every matrix of `plan`: the model computes what it did before.
 
+    Where a plan keeps a part of an FFN's hidden units, `narrow_` chooses which; until then its light branches are
+    narrower than the dense ones, and only α = 0 can run.
+
     Raises `PlanError` or `FitError` before anything is changed where a matrix is missing, has another shape, or holds
     NaN or infinite values.
     """
@@ -25,7 +28,7 @@ def swap_(model: nn.Module, plan: Plan) -> None:
                 "Make the plan from this very model.",
             )
         given = (linear.in_features, linear.out_features, linear.bias is not None)
-        expected = (swap.spec.in_features, swap.spec.out_features, swap.spec.bias)
+        expected = (*swap.spec.dense_features, swap.spec.bias)
         if given != expected:
             raise PlanError(
                 f"{swap.name} has (in, out, bias) = {given}, the plan expects {expected}.",
@@ -38,7 +41,7 @@ def swap_(model: nn.Module, plan: Plan) -> None:
         assert isinstance(linear, nn.Linear)
         light = swap.spec.build(device=linear.weight.device, dtype=linear.weight.dtype)
         if linear.bias is not None and light.bias is not None:
-            light.bias.data.copy_(linear.bias.data)
+            light.bias.data.copy_(linear.bias.data[: swap.spec.out_features])
         light.train(linear.training)
         model.set_submodule(swap.name, BlendLinear(linear, light))
 
@@ -51,7 +54,7 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         linear = modules.get(name)
-        expected = (spec.in_features, spec.out_features, spec.bias)
+        expected = (*spec.dense_features, spec.bias)
         if (
             linear is None
             or not isinstance(linear, nn.Linear)
