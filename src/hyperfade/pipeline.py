@@ -61,7 +61,7 @@ from hyperfade.measure import (
 )
 from hyperfade.recipe import Fit, Recipe, Train
 from hyperfade.report import plan_lines, read_metrics, write_report
-from hyperfade.surgery import blends, plan, swap_
+from hyperfade.surgery import blends, join_readers_, plan, swap_
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
 Say = Callable[[str], None]
@@ -198,6 +198,7 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     )
     if train.lora_rank:
         merge_lora_(student)
+    join_readers_(student)  # as loading does: in bfloat16 the joint products round differently
     mark_(student)
     storage = getattr(torch, recipe.save_dtype or recipe.dtype)
     round_(student, storage)

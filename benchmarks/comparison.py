@@ -1,0 +1,192 @@
+"""Every way to a smaller FFN at the same size, on really pretrained weights, with the same data and steps.
+
+    python benchmarks/comparison.py --model runs/reference/train/model --data runs/reference/data
+
+A cell is a method at a fraction of the FFN parameters with one learning rate. It is an ordinary `hyperfade compress` in
+a folder of its own, so a cell that was interrupted goes on where it was, and one that is finished costs nothing. What
+it gave is added to the results file at once. `comparison_report.py` writes the page.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperfade.hub import tasks_of
+from hyperfade.measure import machine, paired_difference, read_answers
+from hyperfade.pipeline import compress
+from hyperfade.recipe import Recipe
+from hyperfade.report import read_metrics
+from hyperfade.workspace import open_output, read_json, write_json
+
+RESULTS = Path(__file__).parent / "results" / "comparison.json"
+FRACTIONS = (0.5, 0.25, 0.125)
+NARROW = 0.75  # of its matrices' parameters, what a hypercomplex layer on fewer hidden units keeps
+
+
+def both(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The same layer for language model and vision tower."""
+    return {"replace": {"language": layer, "vision": layer}}
+
+
+def methods(fraction: float) -> dict[str, dict[str, Any]]:
+    """By name, what a recipe says to reach `fraction` of the FFN parameters."""
+    return {
+        "low-rank, whitened": both({"kind": "low_rank", "fraction": fraction}),
+        "width pruning": both({"kind": "dense", "width": fraction}) | {"fit": {"refit_writer": False}},
+        "width, writer refitted": both({"kind": "dense", "width": fraction}),
+        "products": both({"kind": "products", "n": 4, "products": round(16 * fraction)}),
+        "generic": both({"kind": "learned", "n": 4, "terms": round(16 * fraction)}),
+        "products + companion": both(
+            {"kind": "products", "n": 8, "products": round(16 * fraction), "fraction": fraction}
+        ),
+        "products on fewer units": both(
+            {"kind": "products", "n": 4, "products": round(16 * NARROW), "width": fraction / NARROW}
+        ),
+    }
+
+
+def paper() -> dict[str, Any]:
+    """The paper's recipe as published but for its number of steps: its losses, fade, fit, LoRA, head and rates."""
+    published = Recipe.load("paper").model_dump(mode="json", exclude_defaults=True)
+    return {key: published[key] for key in ("replace", "fit", "train")}
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, what identifies it, recipe fields) of every cell asked for, in the order of use."""
+    for fraction in args.fractions:
+        for method, fields in methods(fraction).items():
+            if args.methods and method not in args.methods:
+                continue
+            for rate in args.learning_rates:
+                yield (
+                    f"{method} at {fraction:g}, rate {rate:g}",
+                    {"method": method, "fraction": fraction},
+                    fields | {"train": {"fade_steps": 0, "polish_steps": args.steps, "learning_rate": rate}},
+                )
+    if not args.methods or "paper" in args.methods:
+        fields = paper()
+        fade = round(0.7 * args.steps)
+        fields["train"] |= {"fade_steps": fade, "polish_steps": args.steps - fade, "accumulation": 1}
+        yield "paper", {"method": "paper", "fraction": None}, fields
+
+
+def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Recipe:
+    """The whole recipe of a cell: what all of them share, and its own part."""
+    shared_train = {"batch_size": args.batch_size, "mixed_precision": "bf16", "checkpoint_every": 50, "temperature": 1}
+    shared_fit = {"samples": args.calibration, "batch_size": args.batch_size, "prefix": "dense", "sweeps": 6}
+    return Recipe.parse(
+        {
+            "model": str(args.model),
+            "output": str(args.output / name.replace(" ", "-").replace(",", "")),
+            "dtype": "bfloat16",
+            "attention": args.attention,
+            "replace": fields["replace"],
+            "fit": shared_fit | fields.get("fit", {}),
+            "train": shared_train | fields["train"] | {"batch_size": args.batch_size, "mixed_precision": "bf16"},
+            "data": {
+                "train": str(args.data / "train.jsonl"),
+                "evaluation": str(args.data / "test.jsonl"),
+                "evaluation_limit": args.examples,
+                "max_new_tokens": 16,
+            },
+        },
+        where=name,
+    )
+
+
+def summary(folder: Path, results: Mapping[str, Any], rate: float | None) -> dict[str, Any]:
+    """What is kept of a cell: scores with intervals, paired differences from the dense model, cost, size and speed."""
+    metrics = read_metrics(folder / "work")
+    answers = {name: read_answers(folder / "answers" / f"{name}.jsonl") for name in ("dense", "compressed")}
+    details = results["quality"]["details"]
+    return {
+        "learning_rate": rate,
+        "scores": {
+            task: {
+                "headline": own["headline"],
+                **own["scores"],
+                "against_dense": vars(paired_difference(answers["compressed"], answers["dense"], task=task)),
+            }
+            for task, own in tasks_of(details["compressed"]).items()
+        },
+        "retention": results["quality"]["retention_by_task"],
+        "kl_before": metrics[0]["kl"],
+        "kl_after": statistics.mean(m["kl"] for m in metrics[-10:]),
+        "loss_after": statistics.mean(m["loss"] for m in metrics[-10:]),
+        "fit_seconds": results["fit_seconds"],
+        "train_seconds": results["training"]["seconds"],
+        "ffn_params_ratio": results["ffn_params_ratio"],
+        "parameters": results["parameters"]["compressed"],
+        "disk_bytes": results["disk_bytes"]["compressed"],
+        "prefill_speedup": [results["prefill_speedup"], *results["speed"]["prefill_speedup_range"]],
+        "decode_speedup": [results["decode_speedup"], *results["speed"]["decode_speedup_range"]],
+        "reload_bit_equal": results["reload_bit_equal"],
+    }
+
+
+def run_cell(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Compress, with the dense model's answers taken over from the first cell that had them."""
+    made = recipe(name, fields, args)
+    open_output(made)
+    shared = [(args.output / part, made.output / place) for part, place in _DENSE]
+    for kept, own in shared:
+        if kept.exists() and not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept, own)
+    results = compress(made, lambda line: print(line, flush=True))
+    for kept, own in shared:
+        if not kept.exists():
+            shutil.copyfile(own, kept)
+    return made.output, results
+
+
+_DENSE = (("dense.json", "work/quality-dense.json"), ("dense.jsonl", "answers/dense.jsonl"))
+
+
+def main() -> None:
+    """Run every cell that the results file lacks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="the dense reference model (benchmarks/reference/)")
+    add("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    add("--output", type=Path, default=Path("runs/comparison"), help="folder of the cells' own folders")
+    add("--results", type=Path, default=RESULTS, help="file that every finished cell is added to")
+    add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
+    add("--methods", nargs="+", help=f"only these: {', '.join([*methods(0.5), 'paper'])}")
+    add("--learning-rates", type=float, nargs="+", default=[5e-4], help="candidates, the same for every method")
+    add("--steps", type=int, default=120, help="optimizer steps of every cell")
+    add("--batch-size", type=int, default=32, help="samples per step")
+    add("--calibration", type=int, default=256, help="samples of the fit")
+    add("--examples", type=int, default=900, help="test examples of the evaluation")
+    add("--attention", default="eager", help="attention of all models: eager is faster on a CPU, sdpa on a GPU")
+    args = parser.parse_args()
+    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "calibration", "examples", "attention")}
+    kept = read_json(args.results) if args.results.exists() else {}
+    if kept.setdefault("settings", settings) != settings:
+        parser.error(f"{args.results} holds cells of other settings, {kept['settings']}: choose another --results")
+    kept.setdefault("cells", {})
+    for name, identity, fields in cells(args):
+        if name in kept["cells"]:
+            continue
+        print(f"== {name}", flush=True)
+        folder, results = run_cell(name, fields, args)
+        kept["machine"] = machine()
+        details = results["quality"]["details"]["dense"]
+        kept["dense"] = {
+            "scores": {t: {"headline": own["headline"], **own["scores"]} for t, own in tasks_of(details).items()},
+            "parameters": results["parameters"]["dense"],
+            "disk_bytes": results["disk_bytes"]["dense"],
+        }
+        kept["cells"][name] = identity | summary(folder, results, fields["train"].get("learning_rate"))
+        write_json(args.results, kept)
+        print(json.dumps(kept["cells"][name]["retention"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
