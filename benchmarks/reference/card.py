@@ -94,7 +94,7 @@ Greedy answers to the test examples: no test image, nor a near-duplicate of one,
 
 {table}
 
-Machine: {machine_["processor"]}, torch {machine_["torch"]}, transformers {machine_["transformers"]}; {machine_["date"]}.
+{machine_["processor"]}, torch {machine_["torch"]}, transformers {machine_["transformers"]}; {machine_["date"]}.
 
 ![sample pictures, the question, the answer and, in brackets, the reference](samples.png)
 
