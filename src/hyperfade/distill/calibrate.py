@@ -153,7 +153,8 @@ def _fit_ffn(
                 error, sweeps = _fit_matrix(mine[name], swaps[name], rivals[name], moment, recipe)
             except FitError as failure:
                 raise FitError(f"{name}: {failure.message}", failure.hint) from failure
-            if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up
+            if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up, exactly so
+                # where the writer was refitted, because then what they leave is orthogonal to the units that stay
                 error = math.hypot(lost, error * math.sqrt(max(0.0, 1 - lost**2)))
             label, seconds = swaps[name].spec.label, time.perf_counter() - began
             results.append(LayerFit(name, label, error, rivals[name].error, sweeps, seconds))
