@@ -83,10 +83,7 @@ def test_a_narrow_dense_ffn_computes_the_best_units_through_the_best_writer(pref
         writer = teacher.get_submodule(ffn.writer)
         w, bias = writer.weight.double(), 0 if writer.bias is None else writer.bias.double()
         kept = _best_units(w, h, count[ffn.writer])
-        if refit:
-            d = torch.linalg.lstsq(h[:, kept], h @ w.T).solution.T
-        else:
-            d = w[:, kept]
+        d = torch.linalg.lstsq(h[:, kept], h @ w.T).solution.T if refit else w[:, kept]
         x = torch.randn(9, teacher.get_submodule(ffn.readers[0]).in_features)
         expected = _hidden(teacher, ffn, x)[:, kept] @ d.T + bias
         with torch.no_grad():
