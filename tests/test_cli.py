@@ -321,6 +321,8 @@ def test_recipe_prints_a_recipe_that_reads_back_and_every_key(call: Any) -> None
     assert Recipe.parse(yaml.safe_load(output)) == Recipe.load("half")
     code, output, _ = call("recipe", "--keys")
     assert (code, output.splitlines()) == (0, describe())
+    for key in ("replace.language.width", "fit.prefix", "fit.refit_writer", "attention"):
+        assert sum(line.startswith(f"{key}: ") for line in output.splitlines()) == 1
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

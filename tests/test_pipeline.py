@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from hyperfade.distill import latest_step
 from hyperfade.errors import DataError, NothingMatchedError, OutputError, PlanError
 from hyperfade.hub import EMBEDDED_FOLDER, load, load_processor
-from hyperfade.measure import evaluate
+from hyperfade.measure import evaluate, paired_difference, read_answers
 from hyperfade.nn import LowRankLinear, PHMLinear, light_modules
 from hyperfade.pipeline import compress
 from hyperfade.recipe import Recipe
@@ -138,6 +138,47 @@ def test_the_quality_is_that_of_the_saved_folder(finished: tuple[Recipe, dict[st
     retention = results["quality"]["compressed"] / results["quality"]["dense"]
     assert results["quality"]["task"] == "question"
     assert results["quality"]["retention"] == results["quality"]["retention_by_task"]["question"] == retention
+
+
+def test_every_models_answers_are_kept_for_paired_comparisons(
+    finished: tuple[Recipe, dict[str, Any], Lines],
+) -> None:
+    recipe, results, _ = finished
+    files = {path.stem: path for path in (recipe.output / "answers").iterdir()}
+    assert files.keys() == {"dense", "compressed", *RIVALS}
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) == 64 for path in files.values())
+    answers = {name: read_answers(path) for name, path in files.items()}
+    places = [[answer.where for answer in given] for given in answers.values()]
+    assert places == places[:1] * 4
+    assert len(set(places[0])) == 64
+    for name in RIVALS:
+        entry = results["rivals"][name]["quality"]
+        difference = paired_difference(answers[name], answers["dense"])
+        assert difference.value == entry["compressed"] - entry["dense"]  # 64ths: exact
+        itself = paired_difference(answers[name], answers[name])
+        assert (itself.value, itself.low, itself.high, itself.count) == (0, 0, 0, 64)
+
+
+@pytest.mark.parametrize(("asked", "found"), [("eager", "eager"), ("sdpa", "sdpa"), (None, "sdpa")])
+def test_the_attention_asked_for_is_the_models(asked: str | None, found: str, tmp_path: Path) -> None:
+    import hyperfade.pipeline as pipeline
+
+    task = pipeline._checked(recipe_for(tmp_path / "out", attention=asked))
+    config = task.dense().config
+    assert config._attn_implementation == found
+    assert config.text_config._attn_implementation == config.vision_config._attn_implementation == found
+
+
+def test_training_batches_ask_for_the_logits_of_answers_alone(tmp_path: Path) -> None:
+    import hyperfade.pipeline as pipeline
+
+    task = pipeline._checked(recipe_for(tmp_path / "out"))
+    batch = task.training_batch([0, 1, 2])
+    whole = task.collator.training_batch([task.source[i] for i in range(3)])
+    assert task.keeps_logits
+    assert batch["logits_to_keep"].shape == batch["labels"].shape[1:] < whole["labels"].shape[1:]
+    assert torch.equal(batch["labels"][batch["labels"] != -100], whole["labels"][whole["labels"] != -100])
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
 
 
 def test_the_paper_rival_trained_all_that_it_was_told_to(finished: tuple[Recipe, dict[str, Any], Lines]) -> None:

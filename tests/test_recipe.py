@@ -213,3 +213,53 @@ def test_what_cannot_work_is_refused(fields: dict, problem: str) -> None:
 def test_an_unquoted_no_is_a_word(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("train: {mixed_precision: no}")
     assert Recipe.load(tmp_path / "r.yaml").train.mixed_precision == "no"
+
+
+NARROW = {"kind": "dense", "width": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"replace": {"language": NARROW}, "fit": {"method": "frobenius"}}, "fit.method"),
+        ({"replace": {"vision": {"n": 4, "width": 0.5}}, "fit": {"method": "random"}}, "fit.method"),
+        ({"replace": {"rules": [{"layer": NARROW}]}, "fit": {"method": "frobenius"}}, "fit.method"),
+        (
+            {"rivals": {"thin": {"replace": {"language": NARROW}, "fit": {"method": "frobenius"}}}},
+            "rivals.thin.fit.method",
+        ),
+        (
+            {"rivals": {"thin": {"replace": {"language": NARROW}}}, "fit": {"method": "random"}},
+            "rivals.thin.fit.method",
+        ),
+    ],
+    ids=["language", "vision", "a rule", "a rival's own fit", "a rival with the recipe's fit"],
+)
+def test_a_width_without_activations_is_refused_naming_the_fit(fields: Any, key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"only {key} calibrated gathers"):
+        Recipe.parse(fields)
+
+
+@pytest.mark.parametrize("prefix", ["compressed", "dense"])
+def test_a_width_and_another_fits_rival_go_together(prefix: str) -> None:
+    rival = {"replace": {"language": {"n": 4}}, "fit": {"method": "frobenius"}}
+    fields = {"replace": {"language": NARROW}, "fit": {"prefix": prefix}, "rivals": {"plain": rival}}
+    recipe = Recipe.parse(fields)
+    assert recipe.replace.language == Layer(kind="dense", width=0.5)
+    assert recipe.fit.refit_writer
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"replace": {"language": {"kind": "dense", "width": 0}}}, "replace.language.width"),
+        ({"replace": {"language": {"kind": "dense", "width": 1}}}, "replace.language.width"),
+        ({"replace": {"language": {"n": 4, "fraction": 1}}}, "replace.language.fraction"),
+        ({"fit": {"prefix": "both"}}, "fit.prefix"),
+        ({"attention": "flash_attention_2"}, "attention"),
+    ],
+    ids=str,
+)
+def test_keys_of_widths_and_attention_take_what_there_is(fields: Any, key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"recipe: {key}: "):
+        Recipe.parse(fields)

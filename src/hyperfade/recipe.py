@@ -270,11 +270,13 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _widths_have_activations(self) -> Self:
-        own = [(self.replace, self.fit), *((r.replace, r.fit or self.fit) for r in self.rivals.values())]
-        for replaced, fit in own:
+        own = {"": (self.replace, self.fit)}
+        own |= {f"rivals.{name}.": (rival.replace, rival.fit or self.fit) for name, rival in self.rivals.items()}
+        for prefix, (replaced, fit) in own.items():
             if fit.method != "calibrated" and any(layer.width is not None for layer in replaced.layers()):
                 raise ValueError(
-                    "a layer's width chooses units by activations, which only fit.method calibrated gathers"
+                    f"{prefix}replace has a width, which chooses units by activations: only {prefix}fit.method "
+                    f"calibrated gathers them, not {fit.method}"
                 )
         return self
 

@@ -16,7 +16,7 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
     """The plan as aligned text: one row per kind of replacement, then the totals of the whole model."""
     groups: dict[tuple[str, str, str, str], list[Any]] = defaultdict(list)
     for swap in plan.swaps:
-        shape = f"{swap.spec.in_features} → {swap.spec.out_features}"
+        shape = " → ".join(map(str, swap.spec.dense_features))
         groups[swap.region, swap.name.rpartition(".")[2], shape, swap.spec.label].append(swap)
     rows = [("region", "matrix", "features", "count", "becomes", "parameters", "multiply-adds/token")]
     for (region, matrix, shape, label), swaps in groups.items():

@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from tiny_models import FAMILIES, VOCAB
+from torch import Tensor, nn
 
-from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
+from hyperfade.distill.losses import (
+    LossTerms,
+    answer_logits,
+    answers_only,
+    cross_entropy,
+    kl_divergence,
+    mean_reconstruction,
+)
 from hyperfade.nn import BlendLinear, LightSpec
 
 
@@ -35,6 +43,82 @@ def test_logits_that_begin_earlier_than_the_labels_are_aligned_at_the_end() -> N
 def test_answer_logits_are_float32_whatever_the_model_runs_in() -> None:
     chosen, _ = answer_logits(torch.randn(1, 3, 7).bfloat16(), torch.tensor([[-100, 1, 2]]))
     assert chosen.dtype == torch.float32
+
+
+ANSWERS = {
+    "one place": [[(4, 6)], [(4, 6)]],
+    "each row its own place": [[(3, 5)], [(7, 9)]],
+    "several answers in a row": [[(2, 3), (5, 8)], [(4, 5), (8, 9)]],
+    "up to the last token": [[(8, 10)], [(1, 2)]],
+    "none in one row": [[], [(6, 8)]],
+    "everything": [[(0, 10)], [(0, 10)]],
+}
+
+
+def _conversation(answers: list[list[tuple[int, int]]]) -> dict[str, Tensor]:
+    """A batch of rows with answers at these places; the last row ends in a token of padding."""
+    ids = torch.randint(3, 90, (len(answers), 10))
+    mask = torch.ones_like(ids)
+    mask[-1, -1] = 0
+    labels = torch.full_like(ids, -100)
+    for row, places in enumerate(answers):
+        for start, end in places:
+            labels[row, start:end] = ids[row, start:end]
+    labels[mask == 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("where", ANSWERS)
+def test_logits_of_the_answers_alone_give_the_same_losses_and_gradients(where: str) -> None:
+    model, teacher = FAMILIES["llama"].build(0), FAMILIES["llama"].build(1)
+    batch = _conversation(ANSWERS[where])
+    found = []
+    for given in (batch, answers_only(batch)):
+        inputs = {key: value for key, value in given.items() if key != "labels"}
+        logits, targets = answer_logits(model(**inputs).logits, given["labels"])
+        with torch.no_grad():
+            wanted, _ = answer_logits(teacher(**inputs).logits, given["labels"])
+        loss = cross_entropy(logits, targets, 0.1) + kl_divergence(logits, wanted, 2.0)
+        model.zero_grad()
+        loss.backward()
+        found.append((logits.detach(), targets, loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    (logits, targets, loss, gradients), (few, same, cheap, others) = found
+    assert torch.equal(targets, same)
+    torch.testing.assert_close(few, logits, rtol=0, atol=1e-5)  # observed 0
+    torch.testing.assert_close(cheap, loss, rtol=1e-5, atol=0)  # observed 0
+    for one, other in zip(gradients, others, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()  # observed 0
+
+
+def test_only_positions_before_answers_and_the_last_keep_logits() -> None:
+    batch = _conversation(ANSWERS["several answers in a row"])
+    before = {key: value.clone() for key, value in batch.items()}
+    few = answers_only(batch)
+    assert few["logits_to_keep"].tolist() == [1, 3, 4, 5, 6, 7, 9]
+    assert few["labels"].shape == (2, 7)
+    assert FAMILIES["llama"].build()(**{k: v for k, v in few.items() if k != "labels"}).logits.shape == (2, 7, VOCAB)
+    assert batch.keys() == before.keys()
+    assert all(torch.equal(batch[key], before[key]) for key in before)  # the batch itself stays
+
+
+def test_a_batch_without_an_answer_keeps_one_position_and_no_prediction() -> None:
+    few = answers_only(_conversation([[], []]))
+    assert few["logits_to_keep"].tolist() == [9]
+    logits, targets = answer_logits(torch.randn(2, 1, 7), few["labels"])
+    assert (logits.shape, targets.shape) == ((0, 7), (0,))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("blip2")])
+def test_every_family_that_takes_logits_to_keep_keeps_those(name: str) -> None:
+    model, inputs = FAMILIES[name].build(), FAMILIES[name].inputs()
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -1] = 5
+    few = answers_only(inputs | {"labels": labels})
+    with torch.no_grad():
+        whole, _ = answer_logits(model(**inputs).logits, labels)
+        own, targets = answer_logits(model(**{k: v for k, v in few.items() if k != "labels"}).logits, few["labels"])
+    assert targets.tolist() == [5]
+    torch.testing.assert_close(own, whole, rtol=0, atol=1e-5)  # observed 1e-6
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

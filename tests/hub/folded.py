@@ -22,12 +22,21 @@ KINDS = {
     "companion": Layer(n=4, companion_rank=2),
     "low_rank": Layer(kind="low_rank", fraction=0.4),
 }
+NARROW = {
+    "narrow": Layer(kind="dense", width=0.5),
+    "narrow_products": Layer(n=4, width=0.5),
+}
+"""Kinds that keep a part of an FFN's hidden units; a projector of one matrix cannot become the first."""
 
 
 def folded(name: str, layer: Layer = KINDS["products"], dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """The tiny model of family `name` with every FFN and the projector replaced, its dense branches dropped."""
+    """The tiny model of family `name` with every FFN and the projector replaced, its dense branches dropped.
+
+    Where the layers have a width the projector becomes products: it may be one matrix, which has no hidden units.
+    """
     model = FAMILIES[name].build(seed, dtype)
-    swap_(model, plan(model, Replace(language=layer, vision=layer, projector=layer)))
+    projector = layer if layer.width is None else KINDS["products"]
+    swap_(model, plan(model, Replace(language=layer, vision=layer, projector=projector)))
     fold_(model)
     return model
 

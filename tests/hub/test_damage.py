@@ -56,6 +56,7 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "n does not divide": (lambda q: _layer(q)["algebra"].update(n=5), f"Layer {UP} is described wrongly"),
     "rank in text": (lambda q: _layer(q).update(rank="2"), f"Layer {UP} is described wrongly"),
     "negative width": (lambda q: _layer(q).update(in_features=-32), f"Layer {UP} is described wrongly"),
+    "wider than what it replaces": (lambda q: _layer(q).update(replaced=[32, 40]), f"Layer {UP} is described wrongly"),
 }
 
 
@@ -73,6 +74,7 @@ def test_a_quantization_config_that_is_not_ours_is_refused(how: str, whole: Path
 PLACES: dict[str, Change] = {
     "a layer that is not there": lambda q: q["layers"].update({"model.layers.9.mlp.up_proj": _layer(q)}),
     "another width": lambda q: _layer(q).update(in_features=64),
+    "narrower than another matrix": lambda q: _layer(q).update(replaced=[32, 64]),
     "a bias": lambda q: _layer(q).update(bias=True),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folded import KINDS, folded
+from folded import KINDS, NARROW, folded
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 
@@ -86,8 +86,8 @@ def test_another_process_gives_the_same_logits_and_answers(tmp_path: Path) -> No
 
 def test_without_hyperfade_no_model_comes_back(tmp_path: Path) -> None:
     """transformers only warns of a method it does not know: the empty tensors must stop it."""
-    folders = [tmp_path / f"{name}-{kind}" for name in ("llava", "llama") for kind in KINDS]
+    folders = [tmp_path / f"{name}-{kind}" for name in ("llava", "llama") for kind in (*KINDS, *NARROW)]
     for folder in folders:
         name, kind = folder.name.split("-")
-        save(folded({"llava": "llava_siglip", "llama": "llama"}[name], KINDS[kind]), folder)
+        save(folded({"llava": "llava_siglip", "llama": "llama"}[name], (KINDS | NARROW)[kind]), folder)
     assert _python(WITHOUT, *folders).splitlines() == ["refused"] * 2 * len(folders)

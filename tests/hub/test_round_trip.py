@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from folded import KINDS, files, folded, saved, stored_dtypes, weights
+from folded import KINDS, NARROW, files, folded, saved, stored_dtypes, weights
 from tiny_models import FAMILIES, generated, logits, num_parameters, randomize_
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -27,10 +27,13 @@ def _assert_same_state(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(tensor, right[name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+ROUND_TRIPS = [(name, kind) for name in FAMILIES for kind in KINDS]
+ROUND_TRIPS += [(name, kind) for name in ("llava_siglip", "qwen2_5_vl", "blip2_t5") for kind in NARROW]
+
+
+@pytest.mark.parametrize(("name", "kind"), ROUND_TRIPS)
 def test_from_pretrained_gives_the_model_back_bit_for_bit(name: str, kind: str, tmp_path: Path) -> None:
-    family, model = FAMILIES[name], folded(name, KINDS[kind])
+    family, model = FAMILIES[name], folded(name, (KINDS | NARROW)[kind])
     randomize_(model, seed=7)  # every factor off its starting point, P, Q, A and the companion too
     save(model, tmp_path / "model")
     again, report = _auto(name).from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -71,6 +74,22 @@ def test_config_json_says_what_the_layers_are_in_plain_values(tmp_path: Path) ->
     assert (up["in_features"], up["out_features"], up["bias"], up["rank"]) == (32, 48, False, 2)
     assert (up["algebra"]["name"], up["algebra"]["n"]) == ("products", 4)
     assert HyperfadeConfig.from_dict(fields).to_dict() == fields
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_config_json_says_which_matrix_a_narrow_layer_replaces(kind: str, tmp_path: Path) -> None:
+    model = folded("llava_siglip", NARROW[kind])
+    save(model, tmp_path / "model")
+    fields = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    layers = fields["layers"]
+    up, down = (layers[f"model.language_model.layers.0.mlp.{name}"] for name in ("up_proj", "down_proj"))
+    assert (up["in_features"], up["out_features"], up["replaced"]) == (32, 24, [32, 48])
+    assert (down["in_features"], down["out_features"], down["replaced"]) == (24, 32, [48, 32])
+    assert (up["algebra"] is None) == (kind == "narrow")
+    as_wide = [name for name, layer in layers.items() if "replaced" not in layer]
+    assert as_wide == [f"model.multi_modal_projector.linear_{i}" for i in (1, 2)]
+    assert model.config.quantization_config.to_dict() == fields  # plain values in memory already
+    assert sum(t.numel() for t in weights(tmp_path / "model").values()) == num_parameters(model)
 
 
 def test_no_dense_weight_is_left_in_the_file_only_an_empty_one_under_its_name(tmp_path: Path) -> None:

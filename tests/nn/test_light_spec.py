@@ -8,7 +8,7 @@ from torch import nn
 
 from hyperfade.algebra import Algebra, LowRankFit
 from hyperfade.errors import CheckpointError
-from hyperfade.nn import BlendLinear, LightSpec, LowRankLinear, PHMLinear, light_modules
+from hyperfade.nn import BlendLinear, LightSpec, LowRankLinear, NarrowLinear, PHMLinear, light_modules
 
 SPECS = [
     LightSpec(8, 16, True, Algebra.named("paper", terms=3)),
@@ -17,6 +17,9 @@ SPECS = [
     LightSpec(9, 6, True, Algebra.learned(3, 5), 2),
     LightSpec(8, 16, True, Algebra.products(4, 7)),
     LightSpec(8, 16, True, None, 3),
+    LightSpec(8, 12, True, None, 0, (8, 16)),
+    LightSpec(12, 8, False, Algebra.products(4), 2, (16, 8)),
+    LightSpec(12, 8, False, None, 2, (16, 8)),
 ]
 
 
@@ -43,6 +46,9 @@ def test_labels_are_short_names() -> None:
         "learned n=3 t=5 + rank 2",
         "products n=4 R=7",
         "low-rank q=3",
+        "dense 8→12",
+        "products n=4 R=4 + rank 2 12→8",
+        "low-rank q=2 12→8",
     ]
 
 
@@ -96,6 +102,34 @@ def test_algebras_that_do_not_exist_are_refused(change: dict) -> None:
         LightSpec.from_dict(fields, "layer")
 
 
+@pytest.mark.parametrize(
+    "replaced",
+    [(8, 12), (8, 15), (4, 20), (9, 17), (7, 16), (8, 16), (0, 16), (8,), (8, 20, 1), ("8", "20"), 8, "16", [None, 20]],
+    ids=str,
+)
+def test_a_layer_cannot_replace_a_matrix_that_is_no_wider_on_one_side_alone(replaced) -> None:
+    """Wider than it, narrower on both sides, or just as wide: (8, 16) is the layer itself."""
+    for algebra, rank in ((None, 0), (None, 2), (Algebra.products(4), 0)):
+        fields = LightSpec(8, 16, True, algebra, rank, (8, 20)).to_dict()
+        assert LightSpec.from_dict(fields, "layer").dense_features == (8, 20)
+        with pytest.raises(CheckpointError, match="Layer up is described wrongly"):
+            LightSpec.from_dict(fields | {"replaced": replaced}, "up")
+
+
+def test_a_dense_layer_as_wide_as_its_matrix_is_none() -> None:
+    fields = LightSpec(8, 16, True, None).to_dict()
+    assert "replaced" not in fields
+    with pytest.raises(CheckpointError):
+        LightSpec.from_dict(fields, "layer")
+
+
+def test_a_spec_from_before_there_were_widths_still_reads() -> None:
+    fields = {"in_features": 8, "out_features": 16, "bias": True, "algebra": None, "rank": 3}
+    spec = LightSpec.from_dict(fields, "layer")
+    assert spec == LightSpec(8, 16, True, None, 3)
+    assert (spec.replaced, spec.dense_features, spec.to_dict()) == (None, (8, 16), fields)
+
+
 @pytest.mark.parametrize("fields", [{}, None, [], "spec", {"in_features": 8}], ids=str)
 def test_what_is_no_spec_is_refused(fields) -> None:
     with pytest.raises(CheckpointError):
@@ -133,3 +167,12 @@ def test_low_rank_layer_is_two_linears() -> None:
     layer.load_fit_(factors)
     torch.testing.assert_close(layer.weight, factors.dense().float())
     assert "rank=3" in repr(layer)
+
+
+def test_a_narrow_layer_is_one_linear_under_another_name() -> None:
+    layer, x = LightSpec(8, 12, True, None, 0, (8, 16)).build(), torch.randn(2, 4, 8)
+    assert type(layer) is NarrowLinear
+    assert list(layer.state_dict()) == ["core.weight", "core.bias"]
+    assert (layer.weight is layer.core.weight, layer.bias is layer.core.bias) == (True, True)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+    assert light_modules(nn.ModuleDict({"up": layer})) == {"up": layer}

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import FAMILIES, logits
-from torch import nn
+from torch import Tensor, nn
 
 from hyperfade.distill import teacher_of
-from hyperfade.surgery import energy_order, find_ffns, permute_hidden_
+from hyperfade.surgery import (
+    contribution_order,
+    energy_order,
+    find_ffns,
+    permute_hidden_,
+    pruned_error,
+    refitted_writer,
+)
 
 ALL = pytest.mark.parametrize("name", FAMILIES)
 
@@ -67,3 +76,78 @@ def test_a_twin_that_shares_the_tensors_keeps_its_own() -> None:
 def test_energy_orders_by_falling_second_moment_and_leaves_ties_alone() -> None:
     moment = torch.diag(torch.tensor([1.0, 3.0, 2.0, 3.0])) + 0.5  # off the diagonal: does not count
     assert energy_order(moment).tolist() == [1, 3, 2, 0]
+
+
+# --- units that are left out -----------------------------------------------------------------------------------------
+
+
+def _samples(count: int, hidden: int) -> Tensor:
+    """Correlated hidden units of very different size: (count, hidden) float64."""
+    mixing = torch.randn(hidden, hidden, dtype=torch.float64) * torch.logspace(0, 1.5, hidden, dtype=torch.float64)
+    return torch.randn(count, hidden, dtype=torch.float64) @ mixing
+
+
+def test_the_refitted_writer_is_the_least_squares_solution() -> None:
+    h, writer, kept = _samples(200, 24), torch.randn(10, 24), torch.tensor([3, 17, 0, 9, 22, 5, 11, 14])
+    wanted = h @ writer.double().T
+    refitted, error = refitted_writer(writer, h.T @ h / len(h), kept)
+    expected = torch.linalg.lstsq(h[:, kept], wanted).solution.T
+    assert refitted.dtype == torch.float64
+    torch.testing.assert_close(refitted, expected, rtol=1e-9, atol=1e-9)  # observed 2e-14
+    measured = ((wanted - h[:, kept] @ refitted.T).norm() / wanted.norm()).item()
+    assert error == pytest.approx(measured, rel=1e-9)  # observed 2e-16
+    plain = ((wanted - h[:, kept] @ writer.double()[:, kept].T).norm() / wanted.norm()).item()
+    assert pruned_error(writer, h.T @ h / len(h), kept) == pytest.approx(plain, rel=1e-9)  # observed 0
+    assert 0 < error < plain  # observed 0.66 and 0.79
+
+
+@given(st.integers(0, 2**20), st.integers(2, 20), st.integers(1, 40), st.floats(0, 1))
+def test_refitting_never_does_worse_than_pruning(seed: int, hidden: int, samples: int, share: float) -> None:
+    """Also where C is singular: fewer samples than units."""
+    torch.manual_seed(seed)
+    h, writer = _samples(samples, hidden), torch.randn(6, hidden, dtype=torch.float64)
+    moment, kept = h.T @ h / samples, torch.randperm(hidden)[: max(1, int(share * hidden))]
+    refitted, error = refitted_writer(writer, moment, kept)
+    assert refitted.shape == (6, len(kept))
+    assert error <= pruned_error(writer, moment, kept) + 1e-6  # observed 1e-8 above it, over 3000 seeds
+
+
+def test_units_that_the_kept_ones_foretell_cost_nothing() -> None:
+    own = _samples(100, 8)
+    h = torch.cat([own @ torch.randn(8, 5, dtype=torch.float64), own], dim=1)
+    writer, kept = torch.randn(7, 13), torch.arange(5, 13)
+    moment = h.T @ h / len(h)
+    refitted, error = refitted_writer(writer, moment, kept)
+    assert error < 1e-6  # observed 1e-8
+    torch.testing.assert_close(own @ refitted.T, h @ writer.double().T, rtol=1e-8, atol=1e-8)  # observed 4e-12
+    assert pruned_error(writer, moment, kept) > 0.1  # observed 0.84
+
+
+def test_all_units_kept_give_the_writer_back_in_their_order() -> None:
+    h, writer, order = _samples(100, 12), torch.randn(5, 12), torch.randperm(12)
+    refitted, error = refitted_writer(writer, h.T @ h, order)
+    torch.testing.assert_close(refitted, writer.double()[:, order], rtol=1e-9, atol=1e-9)  # observed 1e-13
+    assert error < 1e-6  # observed 7e-16
+    assert pruned_error(writer, h.T @ h, order) == 0
+
+
+def test_contribution_is_energy_times_the_columns_square() -> None:
+    writer, moment = torch.randn(5, 9), _samples(50, 9)
+    moment = moment.T @ moment
+    scores = [sum(float(writer[row, unit]) ** 2 for row in range(5)) * float(moment[unit, unit]) for unit in range(9)]
+    order = contribution_order(writer, moment).tolist()
+    assert order == sorted(range(9), key=lambda unit: -scores[unit])
+    assert order != energy_order(moment).tolist()
+    assert contribution_order(torch.ones(2, 3), torch.eye(3)).tolist() == [0, 1, 2]  # ties stay as they are
+
+
+def test_units_that_an_order_leaves_out_are_gone() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(2, 4), "fc2": nn.Linear(4, 3)})
+    fc1, fc2 = model["fc1"], model["fc2"]
+    w1, b1, w2, b2 = (tensor.detach().clone() for tensor in (fc1.weight, fc1.bias, fc2.weight, fc2.bias))
+    permute_hidden_(_linears(model), find_ffns(model)[0], torch.tensor([3, 1]))
+    assert (fc1.in_features, fc1.out_features, fc2.in_features, fc2.out_features) == (2, 2, 2, 3)
+    x = torch.randn(6, 2)
+    expected = torch.stack([x @ w1[unit] + b1[unit] for unit in (3, 1)], dim=1)
+    torch.testing.assert_close(fc1(x), expected)
+    torch.testing.assert_close(fc2(expected), expected @ w2[:, [3, 1]].T + b2)

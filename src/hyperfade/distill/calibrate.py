@@ -70,8 +70,15 @@ def fit_(
 
     batches: calibration inputs, keyword arguments of the model's forward (labels are left out). folder: finished FFNs
     are kept there and taken from there, so an interrupted fit continues. on_layer is called after each matrix.
-    Raises `FitError` where an FFN is never reached, or activations are not finite.
+    Raises `FitError` where an FFN is never reached, activations are not finite, or a part of an FFN's hidden units is
+    to be kept and the method gathers no activations that would tell which.
     """
+    narrow = [swap.name for swap in plan.swaps if swap.spec.replaced]
+    if narrow and recipe.method != "calibrated":
+        raise FitError(
+            f"{narrow[0]} keeps a part of its FFN's hidden units, and a {recipe.method} fit cannot tell which.",
+            "Take fit.method: calibrated, which gathers activations.",
+        )
     if recipe.method == "random":
         return [LayerFit(swap.name, swap.spec.label, None, None, 0, 0.0) for swap in plan.swaps]
     swaps = {swap.name: swap for swap in plan.swaps}
@@ -81,11 +88,14 @@ def fit_(
     results: list[LayerFit] = []
     ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches)
     dense_moments: dict[str, Tensor] = {}
+    files = {ffn.name: folder / f"{ffn.name}.safetensors" for ffn in ffns} if folder else {}
     if recipe.method == "calibrated" and recipe.prefix == "dense":
-        dense_moments = second_moments(model, {name: layers[name] for name in swaps}, batches, recipe.ridge)
+        finished = {name for ffn in ffns if ffn.name in files and files[ffn.name].exists() for name in ffn.linears}
+        missing = {name: layers[name] for name in swaps if name not in finished}
+        dense_moments = second_moments(model, missing, batches, recipe.ridge) if missing else {}
     for ffn in ffns:
         mine = {name: layers[name] for name in ffn.linears if name in swaps}
-        file = folder / f"{ffn.name}.safetensors" if folder else None
+        file = files.get(ffn.name)
         if file is not None and file.exists():
             fitted = _restore(file, ffn, mine)
         else:
@@ -143,7 +153,8 @@ def _fit_ffn(
                 error, sweeps = _fit_matrix(mine[name], swaps[name], rivals[name], moment, recipe)
             except FitError as failure:
                 raise FitError(f"{name}: {failure.message}", failure.hint) from failure
-            if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up
+            if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up, exactly so
+                # where the writer was refitted, because then what they leave is orthogonal to the units that stay
                 error = math.hypot(lost, error * math.sqrt(max(0.0, 1 - lost**2)))
             label, seconds = swaps[name].spec.label, time.perf_counter() - began
             results.append(LayerFit(name, label, error, rivals[name].error, sweeps, seconds))

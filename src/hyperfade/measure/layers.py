@@ -145,8 +145,7 @@ def input_width(model: nn.Module, ffn: FFN) -> int:
 def low_rank_swaps(swaps: Iterable[Swap]) -> tuple[Swap, ...]:
     """The low-rank rivals of `swaps`: as many parameters each, or just below."""
     return tuple(
-        replace(s, spec=LightSpec(s.spec.in_features, s.spec.out_features, s.spec.bias, None, matched_low_rank(s)))
-        for s in swaps
+        replace(s, spec=LightSpec(*s.spec.dense_features, s.spec.bias, None, matched_low_rank(s))) for s in swaps
     )
 
 

@@ -93,9 +93,8 @@ class LightSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `replaced` only where it says something."""
         fields = asdict(self)
-        if self.replaced is None:
-            del fields["replaced"]
-        return fields
+        replaced = fields.pop("replaced")
+        return fields if replaced is None else fields | {"replaced": list(replaced)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str) -> "LightSpec":

@@ -170,7 +170,7 @@ def _spec(layer: Layer, linear: nn.Linear, ffn: FFN, name: str) -> LightSpec:
     replaced = None
     if layer.width is not None and ffn.readers:
         replaced = (d, k)
-        d, k = (kept_units(layer, d), k) if name == ffn.writer else (d, kept_units(layer, k))
+        d, k = (kept_units(layer, d, name), k) if name == ffn.writer else (d, kept_units(layer, k, name))
     if layer.kind == "dense":
         spec = LightSpec(d, k, bias, None, 0, replaced)
     elif layer.kind == "low_rank":
@@ -205,12 +205,20 @@ def _companion_rank(layer: Layer, algebra: Algebra, d: int, k: int, name: str) -
     return int(left // (d + k))
 
 
-def kept_units(layer: Layer, hidden: int) -> int:
-    """How many of an FFN's `hidden` units a layer with a width keeps: a multiple of 8 (of hidden / 8 where there are
-    few) that n divides, because odd widths are slow."""
+def kept_units(layer: Layer, hidden: int, where: str = "the FFN") -> int:
+    """How many of an FFN's `hidden` units a layer with a width keeps: fewer than all, and a multiple of 8 (of hidden/32
+    where there are few) that the algebra's n divides, because odd widths are slow. Raises `PlanError` where there is no
+    such number."""
     assert layer.width is not None
-    step = math.lcm(layer.n or 1, 8 if hidden >= 256 else max(hidden // 32, 1))
-    return min(max(step, round(layer.width * hidden / step) * step), hidden - step)
+    n = 1 if layer.kind in ("low_rank", "dense") else algebra_of(layer).n
+    step = math.lcm(n, 8 if hidden >= 256 else max(hidden // 32, 1))
+    most = (hidden - 1) // step
+    if not most:
+        raise PlanError(
+            f"{where}: a width keeps a multiple of {step} hidden units, and there are {hidden}.",
+            "Ask for a smaller n, or give this FFN no width.",
+        )
+    return min(max(1, round(layer.width * hidden / step)), most) * step
 
 
 def _check_widths(ffn: FFN, swaps: list[Swap]) -> None:
@@ -236,7 +244,7 @@ def algebra_of(layer: Layer) -> Algebra:
 def matched_low_rank(swap: Swap) -> int:
     """The rank of a low-rank layer with as many parameters as the swap's replacement (at most the full rank)."""
     d, k = swap.spec.dense_features
-    budget = swap.spec.num_parameters - (swap.spec.out_features if swap.spec.bias else 0)
+    budget = swap.spec.num_parameters - (k if swap.spec.bias else 0)  # its own bias: a narrow layer's is shorter
     return min(rank_for(d, k, budget), d, k)
 
 
