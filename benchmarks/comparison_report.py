@@ -13,6 +13,8 @@ from hyperfade.hub import metric_label, score_text
 from hyperfade.workspace import read_json
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+README = PAGE.parent.parent / "README.md"
+BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
 PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("quality", "ffn", "speed")}
 FFN_RESULTS = RESULTS.with_name("ffn_quality.json")
 ADVICE = RESULTS.with_name("advice.md")
@@ -69,6 +71,33 @@ def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
                 ]
             )
     return table(header, rows)
+
+
+def short_table(kept: dict[str, Any], fraction: float) -> str:
+    """The comparison at one size in the README's width: quality, what is kept of it, size and speed."""
+    tasks = kept["dense"]["scores"]
+    rows = [["dense", *(_plain(own) for own in tasks.values()), "", "100 %", _megabytes(kept["dense"]), "", ""]]
+    for cell in best_rates(kept["cells"]):
+        if cell["fraction"] == fraction:
+            rows.append(
+                [
+                    cell["method"],
+                    *(f"{_plain(cell['scores'][t])} ({cell['retention'][t]:.0%})" for t in tasks),
+                    f"{cell['kl_after']:.2f}",
+                    f"{cell['ffn_params_ratio']:.1%}",
+                    _megabytes(cell),
+                    *(f"{cell[f'{part}_speedup'][0]:.2f}×" for part in ("prefill", "decode")),
+                ]
+            )
+    names = [f"{task}: {metric_label(own['headline'])}" for task, own in tasks.items()]
+    return table(["method", *names, "KL to dense", "FFN", "on disk", "prefill", "decode"], rows)
+
+
+def with_comparison(readme: str, kept: dict[str, Any]) -> str:
+    """The README's text with the part between the markers made anew."""
+    head, rest = readme.split(BEGIN, 1)
+    marker, rest = rest.split("\n", 1)
+    return f"{head}{BEGIN}{marker}\n{short_table(kept, 0.25)}\n{END}{rest.split(END, 1)[1]}"
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
@@ -167,6 +196,10 @@ def _score(own: dict[str, Any]) -> str:
     return score_text(metric, own[metric]) + ("*" if differs else "")
 
 
+def _plain(own: dict[str, Any]) -> str:
+    return score_text(own["headline"], own[own["headline"]]).partition(" ")[0]
+
+
 def _millions(cell: dict[str, Any]) -> str:
     return f"{cell['parameters'] / 1e6:.1f} M"
 
@@ -184,6 +217,7 @@ def main() -> None:
     """Write the page and its plots."""
     results = kept()
     PAGE.write_text(page(*results), encoding="utf-8")
+    README.write_text(with_comparison(README.read_text(encoding="utf-8"), results[0]), encoding="utf-8")
     plot(*results[:2])
     print(PAGE)
 
