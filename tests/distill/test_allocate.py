@@ -1,5 +1,6 @@
 """Capacity where it counts: closed forms against the fits they foretell, the knapsack against all combinations."""
 
+import importlib
 import json
 from itertools import product
 from typing import Any
@@ -13,7 +14,6 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 from toy import calibration
 
-import hyperfade.distill.allocate as module
 from hyperfade.algebra import low_rank, rank_errors, ridge_
 from hyperfade.distill import Allocation, allocate, answers_only, fit_
 from hyperfade.distill.activations import second_moments, sensitivities
@@ -107,9 +107,7 @@ def test_sensitivity_foretells_what_random_errors_cost() -> None:
                 handle.remove()
         measured[name] = sum(changes) / len(changes) / 0.1**2
     for name in linears:
-        # tanh adds curvature that Fisher has not
-        assert foretold[name] == pytest.approx(measured[name], rel=0.25)  # observed: see below
-    print(foretold, measured)
+        assert foretold[name] == pytest.approx(measured[name], rel=0.2)  # observed 0.04 and 0.007
     assert sorted(foretold, key=foretold.__getitem__) == sorted(measured, key=measured.__getitem__)
 
 
@@ -132,8 +130,8 @@ def test_padding_and_left_out_logits_change_no_sensitivity() -> None:
     padded = sensitivities(model, linears, longer)
     for name in names:
         assert plain[name] > 0
-        assert kept[name] == pytest.approx(plain[name], rel=1e-4)
-        assert padded[name] == pytest.approx(plain[name], rel=1e-4)
+        assert kept[name] == pytest.approx(plain[name], rel=1e-5)  # observed 0
+        assert padded[name] == pytest.approx(plain[name], rel=1e-5)  # observed 3e-7
 
 
 def test_a_model_stays_as_it_was_and_what_cannot_be_measured_is_said() -> None:
@@ -149,7 +147,7 @@ def test_a_model_stays_as_it_was_and_what_cannot_be_measured_is_said() -> None:
         sensitivities(model, {tower: model.get_submodule(tower)}, silent)
     assert model.training
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not model.get_submodule(tower)._forward_hooks
 
 
 # --- error curves ----------------------------------------------------------------------------------------------------
@@ -171,7 +169,9 @@ def test_errors_of_all_widths_are_those_of_refitted_writers(tokens: int) -> None
     assert errors[16] == 0
     for m in range(1, 16):
         expected = refitted_writer(writer, moment, order[:m])[1]
-        assert errors[m].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)  # observed: see below
+        assert errors[m].item() == pytest.approx(
+            expected, rel=1e-8
+        )  # observed 3e-11 in the last of 7 tokens, 3e-15 else
 
 
 def test_a_second_moment_that_is_only_semidefinite_has_finite_errors() -> None:
@@ -189,7 +189,7 @@ def test_errors_of_all_ranks_are_those_of_low_rank_layers(shape: tuple[int, int]
     assert errors[0] == 1
     for rank in range(1, 9):
         expected = low_rank(weight, rank, moment, ridge=0).error
-        assert errors[rank].item() == pytest.approx(expected, rel=1e-8)  # observed: see below
+        assert errors[rank].item() == pytest.approx(expected, rel=1e-10)  # observed 8e-14
 
 
 # --- knapsack --------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_an_allocation_is_within_its_budget_and_never_worse_than_one_size_for_al
         replace = _replace(kind, budget)
         found = allocate(model, replace, batches)
         assert found.params_ratio <= budget
-        assert found.params_ratio > budget - 0.06  # the tiny models' sizes are coarse
+        assert found.params_ratio > budget - 0.06  # observed 0.028: the tiny models' sizes are coarse
         assert found.loss <= found.uniform_loss
         assert found.loss == pytest.approx(sum(s.sensitivity * s.error**2 for s in found.shares), rel=1e-9)
         losses.append(found.loss)
@@ -287,13 +287,14 @@ def test_predicted_errors_are_those_of_the_fit(kind: str) -> None:
     compared = [(s.error, fits[writers.get(s.name, s.name)].error) for s in found.shares if s.size != "dense"]
     assert len(compared) >= 4
     for predicted, fitted in compared:
-        assert predicted == pytest.approx(fitted, rel=1e-5)  # observed: see below
+        assert predicted == pytest.approx(fitted, rel=1e-9)  # observed 4e-16
 
 
 def test_matrices_on_one_input_share_a_second_moment_and_memory_is_kept_within_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, batches = FAMILIES["llama"].build(), _with_labels("llama")
+    module = importlib.import_module("hyperfade.distill.allocate")  # the package's attribute is the function
     gathered: list[list[str]] = []
     real = second_moments
     monkeypatch.setattr(
@@ -310,7 +311,7 @@ def test_matrices_on_one_input_share_a_second_moment_and_memory_is_kept_within_a
 
 def test_excluded_matrices_take_no_part_and_regions_may_differ() -> None:
     model = FAMILIES["llava_siglip"].build()
-    replace = _replace("width", 0.5, vision=KINDS["low_rank"], exclude=("*language_model.layers.0.*",))
+    replace = _replace("width", 0.3, vision=KINDS["low_rank"], exclude=("*language_model.layers.0.*",))
     found = allocate(model, replace, calibration())
     assert not any(".layers.0." in s.name for s in found.shares if s.region == "language")
     sizes = {s.region: s.size for s in found.shares if s.size != "dense"}
@@ -323,6 +324,6 @@ def test_a_budget_below_the_smallest_sizes_is_refused() -> None:
     replace = _replace("companion", 0.05)
     with pytest.raises(PlanError, match="Even the smallest sizes hold"):
         allocate(FAMILIES["llava_siglip"].build(), replace, calibration())
+    start = Replace(budget=0.3, language=Layer(n=2, products=4), vision=None)
     with pytest.raises(PlanError, match="would not shrink"):
-        start = Replace(budget=0.3, language=Layer(n=2, products=4), vision=None)
         allocate(FAMILIES["llava_siglip"].build(), start, calibration())

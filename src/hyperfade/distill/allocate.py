@@ -77,7 +77,8 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "replace": self.replace.model_dump(mode="json")}
+        fields = {"replace": self.replace.model_dump(mode="json"), "shares": [asdict(share) for share in self.shares]}
+        return {"budget": self.budget, "loss": self.loss, "uniform_loss": self.uniform_loss, **fields}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Allocation":
