@@ -2,7 +2,7 @@
 
 Let a matrix write y (k,) per token, and let its replacement be wrong by e, relative to y, in a direction that has
 nothing to do with the loss. To second order, with the empirical Fisher matrix E[g gᵀ] for the curvature
-(g = ∂loss/∂y; as in optimal brain surgeon, FisherPruning and their kin), the loss grows by
+(g = ∂loss/∂y), the loss grows by
 
     s e²,    s = ½ Σ_tokens ‖g‖² ‖y‖² / k
 
@@ -14,9 +14,10 @@ moment C of what a matrix reads, so they are known for every size before anythin
 - products, and hypercomplex layers with a companion: no closed form. The curve of the low-rank layer with as many
   parameters stands in for theirs: its shape tells which matrices are easy, its height is not what the fit will reach.
 
-What remains is a knapsack: every FFN or matrix takes one of some tens of sizes, Σ s e² is minimal, Σ parameters stays
-within the budget. That is solved exactly. Directions are not random, errors of layers add up and training mends much
-of them, so the predicted loss compares allocations; it foretells no loss.
+What remains is a knapsack, solved exactly: one of some tens of sizes for every FFN or matrix, Σ s e² minimal, Σ
+parameters within the budget. But directions are not random, errors of layers add up, training mends much of them, and
+a model that is sure of its answers has gradients near 0 until a large error flips one: s e² then says far too little.
+The predicted loss compares allocations and foretells no loss; compare with a rival of one size (docs/log.md does).
 """
 
 import glob
