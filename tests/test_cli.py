@@ -208,6 +208,9 @@ def test_inspect_follows_the_changes(call: Any) -> None:
     assert half == changed != quarter
     _, language_only, _ = call("inspect", EMBEDDED, "--set", "replace.vision=null")
     assert "stay dense" in language_only
+    _, budgeted, _ = call("inspect", EMBEDDED, "--set", "replace.budget=0.2")
+    assert budgeted.startswith(quarter)
+    assert "compress distributes 20.0% of the parameters" in budgeted
 
 
 def test_compress_hands_over_the_recipe_with_all_changes(

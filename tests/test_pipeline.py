@@ -363,10 +363,30 @@ def test_a_foreign_folder_stays_as_it_was(tmp_path: Path) -> None:
     assert _contents(tmp_path) == {"thesis.tex": b"mine"}
 
 
-def test_a_run_without_training_is_fitted_saved_and_measured(tmp_path: Path) -> None:
+def test_a_run_without_training_distributes_its_budget_is_fitted_saved_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = {"fade_steps": 0, "polish_steps": 0}
-    recipe = recipe_for(tmp_path / "out", replace=SMALL, train=train, data={"evaluation_limit": 8})
-    results = compress(recipe, lambda line: None)
+    replace = SMALL | {"vision": {"kind": "low_rank"}, "budget": 0.3}
+    recipe = recipe_for(tmp_path / "out", replace=replace, train=train, data={"evaluation_limit": 8})
+    lines: Lines = []
+    results = compress(recipe, lines.append)
+    work, shares = tmp_path / "out" / "work", results["allocation"]["shares"]
+    assert json.loads((work / "allocation.json").read_text(encoding="utf-8")) == results["allocation"]
+    assert 0.29 < results["ffn_params_ratio"] <= 0.3  # observed 0.2999
+    assert len({share["size"] for share in shares}) > 1
+    assert results["allocation"]["loss"] <= results["allocation"]["uniform_loss"]
+    built = load(str(tmp_path / "out" / "model"), "float32")
+    after = {s["name"]: sum(p.numel() for p in built.get_submodule(s["name"]).parameters()) for s in shares}
+    assert after == {share["name"]: share["parameters"] for share in shares}
+    told = [line for line in lines if "budget: " in line]
+    assert told[-1].startswith("[compressed] budget: ")
+    assert all(share["name"] in (tmp_path / "out" / "report.md").read_text(encoding="utf-8") for share in shares)
+
+    (work / "built.json").unlink()  # as if it had been killed after the fit: what was measured is not measured again
+    monkeypatch.delattr("hyperfade.pipeline.allocate")
+    assert compress(recipe, lines.append)["allocation"] == results["allocation"]
+    assert [line for line in lines if "budget: " in line] == 2 * told
     assert results["training"]["steps"] == 0
     assert results["reload_bit_equal"] is True
     assert (tmp_path / "out" / "plots" / "training.png").stat().st_size > 1000

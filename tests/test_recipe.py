@@ -143,6 +143,37 @@ def test_patterns_and_other_come_together(replace: dict[str, Any]) -> None:
         Recipe.parse({"replace": replace})
 
 
+def test_a_budget_gives_layers_without_a_size_a_start() -> None:
+    layers = {
+        "language": {"kind": "dense"},
+        "vision": {"kind": "low_rank"},
+        "projector": {"kind": "dense", "width": 0.5},
+    }
+    recipe = Recipe.parse({"replace": {"budget": "2e-1", **layers}})
+    assert recipe.replace.budget == 0.2
+    assert recipe.replace.language == Layer(kind="dense", width=0.2)
+    assert recipe.replace.vision == Layer(kind="low_rank", fraction=0.2)
+    assert recipe.replace.projector == Layer(kind="dense", width=0.5)
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"replace": {"budget": 1}}, r"replace\.budget"),
+        ({"replace": {"budget": 2, "language": {"kind": "dense"}}}, r"replace\.budget"),
+        ({"replace": {"budget": 0.5, "rules": [{"layer": None}]}}, "leave out rules"),
+        ({"replace": {"budget": 0.5, "vision": {"kind": "quaternion"}}}, "no size to choose for kind 'quaternion'"),
+        ({"replace": {"budget": 0.5}, "fit": {"method": "frobenius"}}, "only fit.method calibrated gathers"),
+        ({"rivals": {"r": {"replace": {"budget": 0.5}, "fit": {"method": "random"}}}}, "only fit.method calibrated"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_cannot_be_distributed_is_refused(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        Recipe.parse(fields)
+
+
 def test_a_file_that_is_missing_or_no_yaml_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"Cannot read recipe 'quartet'") as error:
         Recipe.load("quartet")

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import FAMILIES
 
 from hyperfade.recipe import Layer, Replace
-from hyperfade.report import harness_lines, plan_lines, write_report
+from hyperfade.report import allocation_lines, harness_lines, plan_lines, write_report
 from hyperfade.surgery import human, plan
 
 
@@ -161,6 +161,23 @@ def test_results_of_before_there_were_tasks_can_still_be_read(tmp_path: Path) ->
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert "| all | 2000 | exact match | 99.55% (99.1%-99.8%) | 99.55% (99.1%-99.8%) |" in page
     assert "| kind color | 262 | exact match | 100.00% (98.6%-100.0%) | 100.00% (98.6%-100.0%) |" in page
+
+
+def test_where_a_budget_went_is_said_for_every_model_that_has_one(tmp_path: Path) -> None:
+    first = {"name": "model.a.mlp", "region": "language", "size": "8 of 32 units", "parameters": 25, "loss": 0.02}
+    first |= {"dense_parameters": 100, "sensitivity": 2.0, "error": 0.1}
+    shares = [first, first | {"name": "model.b.mlp", "size": "dense", "parameters": 100, "error": 0.0, "loss": 0.0}]
+    allocation = {"budget": 0.65, "shares": shares, "loss": 0.02, "uniform_loss": 0.05}
+    assert allocation_lines(allocation) == [
+        "budget: language keeps 62.5% of its parameters, from 25.0% (model.a.mlp: 8 of 32 units, sensitivity 2) to "
+        "100.0% (model.b.mlp: dense, sensitivity 2)",
+        "budget: 62.50% of 65.00% used; predicted loss change 0.02 nats per answer token, with one size for all 0.05",
+    ]
+    write_report(_folder(tmp_path, {"pruned": _entry(0.6, (0.2, 0.2)) | {"allocation": allocation}}, []))
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall("## Where the budget went: (.*)", page) == ["pruned"]
+    assert "| model.a.mlp | 8 of 32 units | 25.0% | 2 | 0.1000 | 0.02 |" in page
+    assert "| model.b.mlp | dense | 100.0% | 2 | 0.0000 | 0 |" in page
 
 
 def test_nothing_left_out_is_said_as_well(tmp_path: Path) -> None:

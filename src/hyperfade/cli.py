@@ -54,6 +54,11 @@ def inspect(
         raise RecipeError(f"--bits {bits} is not a multiple of 8.", "Give 8, 16 or 32.")
     chosen = _recipe(recipe, changes)
     typer.echo("\n".join(plan_lines(plan(skeleton(model), chosen), bits // 8)))
+    if chosen.replace.budget is not None:
+        typer.echo(
+            f"These are the sizes it starts from: compress distributes {chosen.replace.budget:.1%} of the parameters "
+            "over layers by measured sensitivity"
+        )
 
 
 @app.command()

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from hyperfade.compose.lora import add_lora_, merge_lora_
 from hyperfade.data import Collator, Source, open_source
 from hyperfade.distill import (
+    Allocation,
     LayerFit,
     StepReport,
+    allocate,
     answers_only,
     distill_,
     fit_,
@@ -60,7 +62,7 @@ from hyperfade.measure import (
     write_answers,
 )
 from hyperfade.recipe import Fit, Recipe, Train
-from hyperfade.report import plan_lines, read_metrics, write_report
+from hyperfade.report import allocation_lines, plan_lines, read_metrics, write_report
 from hyperfade.surgery import blends, join_readers_, plan, swap_
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
@@ -172,15 +174,16 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     recipe, train = task.recipe, variant.train
     torch.manual_seed(recipe.seed)
     student = task.dense()
-    the_plan = plan(student, variant.replace)
+    batches = _calibration(variant, task)
+    allocation = _allocation(variant, student, batches, say)
+    the_plan = plan(student, allocation.replace if allocation else variant.replace)
     for line in plan_lines(the_plan):
         say(f"[{variant.name}] {line}")
     teacher = teacher_of(student)
     student.requires_grad_(False)
     swap_(student, the_plan)
-    layers = fit_(
-        student, the_plan, _calibration(variant, task), variant.fit, variant.work / "fit", _fit_line(variant, say)
-    )
+    layers = fit_(student, the_plan, batches, variant.fit, variant.work / "fit", _fit_line(variant, say))
+    del batches  # nothing else needs their memory
     _choose_trained_(student, train)
     lengths = f"{train.fade_steps} steps of fade, {train.polish_steps} of polish"
     say(f"[{variant.name}] training: {lengths}; metrics in {variant.work}")
@@ -211,12 +214,27 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         "fit_seconds": sum(layer.seconds for layer in layers),
         "training": {"steps": total_steps(train), "seconds": sum(m["seconds"] for m in read_metrics(variant.work))},
         "reload_bit_equal": bit_equal,
-        "ffn_params_ratio": the_plan.ffn_params_ratio,
+        "ffn_params_ratio": allocation.params_ratio if allocation else the_plan.ffn_params_ratio,
         "params_ratio": num_parameters(student) / num_parameters(teacher),
         "kept_dense": [list(pair) for pair in the_plan.kept],
+        "allocation": allocation and allocation.to_dict(),
     }
     write_json(facts_file, facts)
     return facts
+
+
+def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]], say: Say) -> Allocation | None:
+    """What replace.budget comes to, measured on the dense model or found in the work folder; None without a budget."""
+    if variant.replace.budget is None:
+        return None
+    file = variant.work / "allocation.json"
+    if not file.exists():
+        say(f"[{variant.name}] measuring what errors of every FFN cost, on {variant.fit.samples} training samples")
+        write_json(file, allocate(student, variant.replace, batches, variant.fit.ridge).to_dict())
+    found = Allocation.from_dict(read_json(file))
+    for line in allocation_lines(found.to_dict()):
+        say(f"[{variant.name}] {line}")
+    return found
 
 
 def _calibration(variant: Variant, task: Task) -> list[dict[str, Tensor]]:
@@ -336,6 +354,7 @@ def _entry(
         "training": built["training"],
         "layers": built["layers"],
         "kept_dense": built["kept_dense"],
+        "allocation": built["allocation"],
     }
 
 

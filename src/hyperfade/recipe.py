@@ -124,8 +124,19 @@ class Rule(_Section):
 
 
 class Replace(_Section):
-    """Which feed-forward matrices are replaced, by what. Attention, embeddings and head are never touched."""
+    """Which feed-forward matrices are replaced, by what. Attention, embeddings and head are never touched.
 
+    With a budget, the size of each is found at compress time: `width` of an FFN whose layer has one, else `fraction` or
+    `products` of a matrix. What a layer gives is where it starts, and what `hyperfade inspect` shows.
+    """
+
+    budget: Number | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="parameters of all replaced matrices together, as a fraction of dense, distributed over layers by"
+        " measured sensitivity; null gives every layer the size it names",
+    )
     language: Layer | None = Field(default=Layer(n=4), description="FFNs of the language model; null keeps them dense")
     vision: Layer | None = Field(default=Layer(n=4), description="FFNs of the vision tower; null keeps them dense")
     projector: Layer | None = Field(default=None, description="the projector between them; null keeps it dense")
@@ -136,6 +147,36 @@ class Replace(_Section):
     exclude: tuple[str, ...] = Field(default=(), description="globs of module names that stay dense")
     min_weight_elements: int = Field(default=0, ge=0, description="matrices with fewer elements stay dense")
     rules: tuple[Rule, ...] = Field(default=(), description="exceptions; the last that matches wins")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_at_the_budget(cls, fields: Any) -> Any:
+        """A layer that names no size starts with the budget's."""
+        if not isinstance(fields, dict) or fields.get("budget") is None:
+            return fields
+        started = dict(fields)
+        for region in get_args(Region):
+            layer = started.get(region)
+            if isinstance(layer, dict) and layer.get("kind") in ("dense", "low_rank"):
+                size = "width" if layer["kind"] == "dense" else "fraction"
+                if layer.get(size) is None:
+                    started[region] = {**layer, size: fields["budget"]}
+        return started
+
+    @model_validator(mode="after")
+    def _sizes_can_be_distributed(self) -> Self:
+        if self.budget is None:
+            return self
+        if self.rules:
+            raise ValueError(
+                "budget finds the size of every layer itself: leave out rules (exclude keeps layers dense)"
+            )
+        for layer in self.layers():
+            if layer.width is None and layer.fraction is None and layer.kind != "products":
+                raise ValueError(
+                    f"budget has no size to choose for kind {layer.kind!r}: give the layer a width or a fraction"
+                )
+        return self
 
     @model_validator(mode="after")
     def _patterns_have_a_layer(self) -> Self:
@@ -269,7 +310,7 @@ class Recipe(_Section):
     rivals: dict[Name, Rival] = Field(default={}, description="baselines trained beside it, by name")
 
     @model_validator(mode="after")
-    def _widths_have_activations(self) -> Self:
+    def _choices_have_activations(self) -> Self:
         own = {"": (self.replace, self.fit)}
         own |= {f"rivals.{name}.": (rival.replace, rival.fit or self.fit) for name, rival in self.rivals.items()}
         for prefix, (replaced, fit) in own.items():
@@ -278,6 +319,8 @@ class Recipe(_Section):
                     f"{prefix}replace has a width, which chooses units by activations: only {prefix}fit.method "
                     f"calibrated gathers them, not {fit.method}"
                 )
+            if fit.method != "calibrated" and replaced.budget is not None:
+                raise ValueError(f"{prefix}replace.budget measures on what only {prefix}fit.method calibrated gathers")
         return self
 
     @model_validator(mode="after")

@@ -45,6 +45,27 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
     return lines
 
 
+def allocation_lines(allocation: dict[str, Any]) -> list[str]:
+    """An `Allocation`, as a mapping: where the budget went, a line per region, and what that is predicted to gain."""
+    lines, shares = [], allocation["shares"]
+    for region in dict.fromkeys(share["region"] for share in shares):
+        own = sorted((share for share in shares if share["region"] == region), key=_part)
+        least, most = (
+            f"{_part(s):.1%} ({s['name']}: {s['size']}, sensitivity {s['sensitivity']:.3g})" for s in (own[0], own[-1])
+        )
+        lines.append(f"budget: {region} keeps {_part(*own):.1%} of its parameters, from {least} to {most}")
+    lines.append(
+        f"budget: {_part(*shares):.2%} of {allocation['budget']:.2%} used; predicted loss change "
+        f"{allocation['loss']:.4g} nats per answer token, with one size for all {allocation['uniform_loss']:.4g}"
+    )
+    return lines
+
+
+def _part(*shares: dict[str, Any]) -> float:
+    """Parameters after over before."""
+    return sum(s["parameters"] for s in shares) / sum(s["dense_parameters"] for s in shares)
+
+
 def quality_lines(quality: dict[str, Any]) -> list[str]:
     """The scores of a `Quality`, as a mapping, as aligned text: one row per task, part of its examples and metric."""
     rows = [
@@ -94,10 +115,14 @@ def _page(results: dict[str, Any]) -> str:
         for layer in results["layers"]
     )
     qualities = "\n\n".join(_quality_table(task, models) for task, models in _by_task(results).items())
+    entries = {"compressed": results, **results["rivals"]}
     times = "\n".join(
         f"| {name} | {entry['fit_seconds']:.0f} s | {entry['training']['steps']} steps, "
         f"{entry['training']['seconds']:.0f} s | {entry['reload_bit_equal']} |"
-        for name, entry in {"compressed": results, **results["rivals"]}.items()
+        for name, entry in entries.items()
+    )
+    allocations = "".join(
+        _allocation_table(name, entry["allocation"]) for name, entry in entries.items() if entry.get("allocation")
     )
     skipped = "\n".join(f"- {where}: {reason}" for where, reason in results["skipped"]) or "None."
     return f"""# {results["recipe"]["model"]}, compressed
@@ -128,9 +153,28 @@ Relative output error before any training, beside whitened low-rank of the same 
 |---|---|---|---|
 {layers}
 
-## Samples left out
+{allocations}## Samples left out
 
 {skipped}
+"""
+
+
+def _allocation_table(name: str, allocation: dict[str, Any]) -> str:
+    """Every share of a model with a budget, and what the loss is predicted to do."""
+    rows = "\n".join(
+        f"| {s['name']} | {s['size']} | {_part(s):.1%} | {s['sensitivity']:.3g} | {s['error']:.4f} | {s['loss']:.3g} |"
+        for s in allocation["shares"]
+    )
+    return f"""## Where the budget went: {name}
+
+Sensitivity: nats per answer token for a relative output error of 1. Predicted: before any training, to second order,
+of errors in random directions; it compares sizes and foretells no loss. In all {allocation["loss"]:.4g}, with one size
+for all {allocation["uniform_loss"]:.4g}.
+
+| FFN or matrix | size | of its parameters | sensitivity | predicted error | predicted loss change |
+|---|---|---|---|---|---|
+{rows}
+
 """
 
 

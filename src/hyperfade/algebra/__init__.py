@@ -3,7 +3,7 @@
 from hyperfade.algebra.bases import NAMED, Algebra, BilinearFactors
 from hyperfade.algebra.fit import Fit, fit
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
-from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_for
+from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_errors, rank_for, square_root, tail_errors
 from hyperfade.algebra.moments import SecondMoment, conditioned, in_float64, output_error, ridge_, solve_psd
 
 __all__ = [
@@ -20,8 +20,11 @@ __all__ = [
     "kron_sum",
     "low_rank",
     "output_error",
+    "rank_errors",
     "rank_for",
     "rearranged",
     "ridge_",
     "solve_psd",
+    "square_root",
+    "tail_errors",
 ]

@@ -49,17 +49,38 @@ def _best_outputs(target: Tensor, moment: Tensor | None, rank: int) -> tuple[Ten
     They are eigenvectors of W C Wᵀ (k, k); where d < k, a (d, d) problem gives them with less work. The second tensor
     holds the eigenvalues, rising: what the vectors left out are worth is the error, squared.
     """
+    gram, root = _smaller_gram(target, moment)
+    values, vectors = torch.linalg.eigh(gram)
+    best = vectors[:, -rank:].flip(1)
+    return best if root is None else torch.linalg.qr(root @ best).Q, values.clamp_min(0)
+
+
+def _smaller_gram(target: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W C Wᵀ (k, k); where d < k, (W L)ᵀ (W L) (d, d) with L Lᵀ = C, which has the same eigenvalues, and W L beside."""
     k, d = target.shape
     if k <= d:
-        outer = target @ target.T if moment is None else target @ moment @ target.T
-        values, vectors = torch.linalg.eigh(outer)
-        return vectors[:, -rank:].flip(1), values.clamp_min(0)
-    root = target if moment is None else target @ _square_root(moment)
-    values, vectors = torch.linalg.eigh(root.T @ root)
-    return torch.linalg.qr(root @ vectors[:, -rank:].flip(1)).Q, values.clamp_min(0)
+        return target @ target.T if moment is None else target @ moment @ target.T, None
+    root = target if moment is None else target @ square_root(moment)
+    return root.T @ root, root
 
 
-def _square_root(moment: Tensor) -> Tensor:
+def rank_errors(weight: Tensor, second_moment: Tensor | None) -> Tensor:
+    """The relative output error of `low_rank` for every rank 0..min(k, d) at once, float64: the root of the tail of the
+    eigenvalues of W C Wᵀ. weight (k, d), C (d, d); ridge 0. Errors near 0 are rounding: eigenvalues carry about 1e-8.
+    """
+    target = in_float64(weight)
+    moment = conditioned(second_moment, target.shape[1], 0, target.device)
+    return tail_errors(torch.linalg.eigvalsh(_smaller_gram(target, moment)[0]).flip(0))
+
+
+def tail_errors(energies: Tensor) -> Tensor:
+    """Relative errors (parts + 1,) after the first 0, 1, … parts of an output, from the energy (parts,) of each."""
+    energies = energies.clamp_min(0)
+    left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    return (left / left[0]).sqrt() if left[0] > 0 else left
+
+
+def square_root(moment: Tensor) -> Tensor:
     """L with L Lᵀ = C: Cholesky, or from eigenvectors where C is only semidefinite."""
     factor, info = torch.linalg.cholesky_ex(moment)
     if info == 0:

@@ -1,5 +1,6 @@
 """Calibrate and fit, then fade and polish."""
 
+from hyperfade.distill.allocate import Allocation, Share, allocate
 from hyperfade.distill.calibrate import LayerFit, fit_
 from hyperfade.distill.loop import StepReport, Summary, distill_
 from hyperfade.distill.losses import answers_only
@@ -8,9 +9,12 @@ from hyperfade.distill.state import data_order, latest_step
 from hyperfade.distill.teacher import teacher_of, unshare_
 
 __all__ = [
+    "Allocation",
     "LayerFit",
+    "Share",
     "StepReport",
     "Summary",
+    "allocate",
     "alpha_at",
     "answers_only",
     "data_order",

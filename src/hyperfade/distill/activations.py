@@ -1,13 +1,18 @@
-"""What a model's layers read: second moments of their inputs over calibration batches, gathered by hooks."""
+"""What a model's layers read, and what it costs if they write something else: second moments of their inputs and
+sensitivities of the loss to their outputs, over calibration batches, gathered by hooks."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.algebra import SecondMoment, conditioned, ridge_
+from hyperfade.distill.losses import answer_logits
 from hyperfade.errors import FitError
 from hyperfade.surgery import region_of
 
@@ -75,3 +80,61 @@ def run(model: nn.Module, batch: Batch) -> None:
     """One forward pass, as far as the hooks let it go; labels are left out."""
     with suppress(Reached):
         model(**{key: value for key, value in batch.items() if key != "labels"})
+
+
+def sensitivities(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch]) -> dict[str, float]:
+    """s of every one of `linears` (by name), in nats per answer token: ½ Σ_tokens ‖g‖² ‖y‖² / k, y without its bias.
+
+    One forward and one backward pass per batch, with no gradients of parameters. Nothing attends to padding, so its g
+    is 0 and it does not count. Raises `FitError` where a matrix is never reached, or there is nothing to answer.
+    """
+    sums, answers = dict.fromkeys(linears, 0.0), 0
+    met: set[str] = set()
+    start = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)  # the graphs hang on it
+
+    def watch(name: str, linear: Any, args: Any, output: Tensor) -> Tensor:
+        met.add(name)
+        plain = output.detach() if linear.bias is None else output.detach() - linear.bias
+        sizes = plain.float().square().sum(-1)
+
+        def add(gradient: Tensor) -> None:
+            sums[name] += (gradient.float().square().sum(-1) * sizes).sum().item() / (2 * linear.out_features)
+
+        output = output + start
+        output.register_hook(add)
+        return output
+
+    handles = [linear.register_forward_hook(partial(watch, name)) for name, linear in linears.items()]
+    try:
+        with _evaluated(model), torch.enable_grad():
+            for batch in batches:
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                logits, targets = answer_logits(model(**inputs).logits, batch["labels"])
+                answers += len(targets)
+                loss = F.cross_entropy(logits, targets, reduction="sum")
+                if loss.requires_grad:  # a batch without images reaches no vision tower
+                    torch.autograd.grad(loss, start)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in linears:
+        if name not in met:
+            raise FitError(f"No calibration batch reaches {name}.", "Give calibration data with images and text.")
+        if not math.isfinite(sums[name]):
+            raise FitError(f"{name}: its gradients are not finite.", "Check the model's activations in this dtype.")
+    if not answers:
+        raise FitError("Calibration batches have no answers to measure a loss on.", "Give training examples.")
+    return {name: value / answers for name, value in sums.items()}
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with no gradients of parameters, for the time of a with block."""
+    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)

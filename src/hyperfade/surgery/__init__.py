@@ -1,8 +1,15 @@
 """Where the FFNs are, what becomes of them, and the change itself."""
 
-from hyperfade.surgery.basis import contribution_order, energy_order, permute_hidden_, pruned_error, refitted_writer
+from hyperfade.surgery.basis import (
+    contribution_order,
+    energy_order,
+    kept_errors,
+    permute_hidden_,
+    pruned_error,
+    refitted_writer,
+)
 from hyperfade.surgery.families import FFN, find_ffns, region_of
-from hyperfade.surgery.plan import Plan, Swap, human, matched_low_rank, plan
+from hyperfade.surgery.plan import Plan, Swap, human, kept_units, matched_low_rank, plan, spec_of
 from hyperfade.surgery.swap import blends, drop_dense_, install_, join_readers_, set_alpha_, swap_
 
 __all__ = [
@@ -17,6 +24,8 @@ __all__ = [
     "human",
     "install_",
     "join_readers_",
+    "kept_errors",
+    "kept_units",
     "matched_low_rank",
     "permute_hidden_",
     "plan",
@@ -24,5 +33,6 @@ __all__ = [
     "refitted_writer",
     "region_of",
     "set_alpha_",
+    "spec_of",
     "swap_",
 ]

@@ -13,7 +13,7 @@ and what is left of the error cannot be reached by any linear map of h_S.
 import torch
 from torch import Tensor, nn
 
-from hyperfade.algebra import in_float64, output_error, solve_psd
+from hyperfade.algebra import in_float64, output_error, solve_psd, square_root, tail_errors
 from hyperfade.surgery.families import FFN
 
 
@@ -63,6 +63,19 @@ def pruned_error(writer: Tensor, second_moment: Tensor, kept: Tensor) -> float:
     """The relative output error of leaving out all units but `kept` and changing nothing else."""
     whole = in_float64(writer)
     return output_error(whole, _spread(whole[:, kept], kept, whole), second_moment)
+
+
+def kept_errors(writer: Tensor, second_moment: Tensor) -> Tensor:
+    """The error of `refitted_writer` for the first 0, 1, … hidden units at once: (hidden + 1,), float64.
+
+    writer W (k, hidden) and C (hidden, hidden), both with the units in the order in which they are kept. With C = L Lᵀ,
+    L lower triangular, h = L z for uncorrelated z, and the first m units know just the first m of z: what is lost is
+    the energy of the other columns of W L.
+    """
+    root = square_root(second_moment)
+    if root.triu(1).any():  # C is only semidefinite, and this root is not triangular: of the same C, one that is
+        root = torch.linalg.qr(root.T).R.T
+    return tail_errors((in_float64(writer) @ root).square().sum(0))
 
 
 def _spread(columns: Tensor, kept: Tensor, like: Tensor) -> Tensor:

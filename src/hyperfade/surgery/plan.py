@@ -105,7 +105,7 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
             if layer is None:
                 kept.append((name, reason))
             else:
-                swaps.append(Swap(name, ffn.name, ffn.region, _spec(layer, linear, ffn, name)))
+                swaps.append(Swap(name, ffn.name, ffn.region, spec_of(layer, linear, ffn, name)))
         _check_widths(ffn, swaps)
     if not swaps:
         regions = ", ".join(sorted({f.region for f in ffns}))
@@ -165,7 +165,8 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: nn.Linear, ffns: tuple
     return layer, reason
 
 
-def _spec(layer: Layer, linear: nn.Linear, ffn: FFN, name: str) -> LightSpec:
+def spec_of(layer: Layer, linear: nn.Linear, ffn: FFN, name: str) -> LightSpec:
+    """What `layer` makes of `linear`, the matrix `name` of `ffn`. Raises `PlanError` where that would not shrink it."""
     d, k, bias = linear.in_features, linear.out_features, linear.bias is not None
     replaced = None
     if layer.width is not None and ffn.readers:
