@@ -37,6 +37,7 @@ reference: $(INSTALLED)
 TEXT ?= wikitext-2
 benchmark-quality: reference
 	$(BIN)/python benchmarks/ffn_quality.py --text $(TEXT)
+	$(BIN)/python benchmarks/perplexity.py --text $(TEXT)
 	$(BIN)/python benchmarks/comparison.py
 	$(BIN)/python benchmarks/comparison_report.py
 

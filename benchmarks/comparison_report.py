@@ -1,6 +1,9 @@
-"""docs/results.md: the comparison on the reference model and the one on single FFNs, as tables and plots.
+"""docs/results.md: how methods compare on pretrained weights, as tables and plots, and the README's first table.
 
-python benchmarks/comparison_report.py
+    python benchmarks/comparison_report.py
+
+Shows what has been measured: `perplexity.py` (a language model), `ffn_quality.py` (single FFNs) and, where it has been
+run, `comparison.py` (the reference model). The advice is ours, from `results/advice.md`.
 """
 
 from pathlib import Path
@@ -15,10 +18,13 @@ from hyperfade.workspace import read_json
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 README = PAGE.parent.parent / "README.md"
 BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
-PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("quality", "ffn", "speed")}
-FFN_RESULTS = RESULTS.with_name("ffn_quality.json")
+PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "speed")}
+FILES = {name: RESULTS.with_name(f"{name}.json") for name in ("perplexity", "ffn_quality", "comparison")}
 ADVICE = RESULTS.with_name("advice.md")
 _COLORS = ("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf", "#2ca02c", "#ff7f0e", "#9467bd")
+
+Kept = dict[str, dict[str, Any]]
+"""The results files that are there, by name."""
 
 
 def best_rates(cells: dict[str, Any]) -> list[dict[str, Any]]:
@@ -73,31 +79,28 @@ def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
     return table(header, rows)
 
 
-def short_table(kept: dict[str, Any], fraction: float) -> str:
-    """The comparison at one size in the README's width: quality, what is kept of it, size and speed."""
-    tasks = kept["dense"]["scores"]
-    rows = [["dense", *(_plain(own) for own in tasks.values()), "", "100 %", _megabytes(kept["dense"]), "", ""]]
-    for cell in best_rates(kept["cells"]):
-        if cell["fraction"] == fraction:
-            rows.append(
-                [
-                    cell["method"],
-                    *(f"{_plain(cell['scores'][t])} ({cell['retention'][t]:.0%})" for t in tasks),
-                    f"{cell['kl_after']:.2f}",
-                    f"{cell['ffn_params_ratio']:.1%}",
-                    _megabytes(cell),
-                    *(f"{cell[f'{part}_speedup'][0]:.2f}×" for part in ("prefill", "decode")),
-                ]
-            )
-    names = [f"{task}: {metric_label(own['headline'])}" for task, own in tasks.items()]
-    return table(["method", *names, "KL to dense", "FFN", "on disk", "prefill", "decode"], rows)
+def perplexity_table(kept: dict[str, Any]) -> str:
+    """A language model's perplexity and KL before and after training, by size and method, with what it cost."""
+    head = ["FFN parameters", "method", "perplexity before → after", "KL before → after", "fit", "training"]
+    rows = [["100 %", "dense", f"{kept['dense']:.1f}", "", "", ""]]
+    rows += [
+        [
+            f"{cell['ffn_params_ratio']:.1%}",
+            cell["method"],
+            f"{cell['before']:.0f} → {cell['after']:.1f}",
+            f"{cell['kl_before']:.2f} → {cell['kl_after']:.2f}",
+            *(f"{cell[f'{part}_seconds']:.0f} s" for part in ("fit", "train")),
+        ]
+        for cell in sorted(kept["cells"].values(), key=lambda cell: (-cell["fraction"], cell["after"]))
+    ]
+    return table(head, rows)
 
 
-def with_comparison(readme: str, kept: dict[str, Any]) -> str:
+def with_comparison(readme: str, kept: Kept) -> str:
     """The README's text with the part between the markers made anew."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    return f"{head}{BEGIN}{marker}\n{short_table(kept, 0.25)}\n{END}{rest.split(END, 1)[1]}"
+    return f"{head}{BEGIN}{marker}\n{perplexity_table(kept['perplexity'])}\n{END}{rest.split(END, 1)[1]}"
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
@@ -112,92 +115,137 @@ def ffn_table(kept: dict[str, Any]) -> str:
     return table(["method", *(f"layer {layer}, {fraction:g}" for layer, fraction in places)], rows)
 
 
-def page(kept: dict[str, Any], ffn: dict[str, Any], advice: str) -> str:
+def page(kept: Kept, advice: str) -> str:
     """The whole page."""
-    machine, settings = kept["machine"], kept["settings"]
     parts = [
         "# Results on really pretrained weights",
-        "Written by `benchmarks/comparison_report.py` from `benchmarks/results/comparison.json` and "
-        "`ffn_quality.json`; the advice is ours and stands in `advice.md` beside them.",
+        "Written by `benchmarks/comparison_report.py` from the results files in `benchmarks/results`; the advice is "
+        "ours and stands in `advice.md` there.",
         advice,
+        *_perplexity_part(kept["perplexity"]),
+        *_ffn_part(kept["ffn_quality"]),
+        *(_reference_part(kept["comparison"]) if "comparison" in kept else ()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _perplexity_part(kept: dict[str, Any]) -> list[str]:
+    own, tokens = kept["settings"], 256
+    return [
+        "## A language model: SmolLM2-135M on WikiText-2",
+        f"All language FFNs replaced; fitted on {own['calibration']} sequences of {tokens} tokens of the validation "
+        f"text, trained for {own['steps']} steps of {own['batch_size']} of them by the KL to the dense model (AdamW, "
+        f"{own['learning_rate']:g}), scored on the first {own['test']} sequences of the test text. The budget is a "
+        f"short one, and the same for all; the sizes are within 0.3 points of each other. {_machine(kept)}",
+        perplexity_table(kept),
+        f"![perplexity against size]({PLOTS['perplexity'].name})",
+    ]
+
+
+def _ffn_part(kept: dict[str, Any]) -> list[str]:
+    own = kept["settings"]
+    return [
+        "## One FFN at a time",
+        f"FFNs of the same model by themselves: relative error of the output on held-out WikiText-2, after the fit and "
+        f"after {own['steps']} steps of 2,048 tokens on the FFN's own output (AdamW, {own['learning_rate']:g}). "
+        f"{_machine(kept)}",
+        ffn_table(kept),
+        f"![error of single FFNs]({PLOTS['ffn'].name})",
+    ]
+
+
+def _reference_part(kept: dict[str, Any]) -> list[str]:
+    settings, present = kept["settings"], {cell["fraction"] for cell in kept["cells"].values()}
+    parts = [
         "## The reference model",
         f"A LLaVA of a pretrained ViT-S and SmolLM2-135M ([benchmarks/reference](../benchmarks/reference)). Every "
         f"cell: {settings['steps']} steps of {settings['batch_size']} samples after a fit on "
         f"{settings['calibration']}, with KL to the dense model and cross-entropy; {settings['examples']} unseen test "
         f"examples. Brackets hold 95 % intervals; * marks a score whose paired difference from the dense model's has "
         f"an interval without zero. KL is the training batch's, at the first step and over the last ten. Speed: "
-        f"bfloat16, one prompt with an image, medians and quartiles against dense in one run. Machine: "
-        f"{machine['processor']}, {machine['threads']} threads, {machine['accelerator']}; torch {machine['torch']}, "
-        f"transformers {machine['transformers']}; {machine['date']}.",
+        f"bfloat16, one prompt with an image, medians and quartiles against dense in one run. {_machine(kept)}",
     ]
-    present = {cell["fraction"] for cell in kept["cells"].values()}
     for fraction in (f for f in (*FRACTIONS, None) if f in present):
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]
         parts += [comparison_table(kept, fraction)]
-    parts += [f"![quality against size]({PLOTS['quality'].name})", f"![quality against speed]({PLOTS['speed'].name})"]
-    own = ffn["settings"]
-    parts += [
-        "## One FFN at a time",
-        f"FFNs of {ffn['model']} by themselves: relative error of the output on held-out WikiText-2, after the fit and "
-        f"after {own['steps']} steps of 2,048 tokens on the FFN's own output (AdamW, {own['learning_rate']:g}).",
-        ffn_table(ffn),
-        f"![error of single FFNs]({PLOTS['ffn'].name})",
-    ]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, *(f"![{name} against size]({PLOTS[name].name})" for name in ("quality", "speed"))]
 
 
-def plot(kept: dict[str, Any], ffn: dict[str, Any]) -> None:
-    """The page's three plots."""
+def _machine(kept: dict[str, Any]) -> str:
+    facts = kept["machine"]
+    return (
+        f"Machine: {facts['processor']}, {facts['threads']} threads, accelerator {facts['accelerator']}; torch "
+        f"{facts['torch']}, transformers {facts['transformers']}; {facts['date']}."
+    )
+
+
+def plot(kept: Kept) -> None:
+    """The page's plots: every panel has a line per method."""
+    text, ffn = list(kept["perplexity"]["cells"].values()), list(kept["ffn_quality"]["cells"].values())
+    sizes = [(c["method"], c["fraction"], c["after"]) for c in text]
+    _draw({"": ("share of the FFN parameters", "perplexity after training", sizes)}, PLOTS["perplexity"])
+    layers = sorted({cell["layer"] for cell in ffn})
+    _draw(
+        {
+            f"layer {layer}, after training": (
+                "share of the parameters",
+                "relative error",
+                [(c["method"], c["ratio"], c["after"]) for c in ffn if c["layer"] == layer],
+            )
+            for layer in layers
+        },
+        PLOTS["ffn"],
+    )
+    if "comparison" not in kept:
+        return
+    cells = [cell for cell in best_rates(kept["comparison"]["cells"]) if cell["fraction"]]
+    heads = {task: own["headline"] for task, own in kept["comparison"]["dense"]["scores"].items()}
+    _draw(
+        {
+            task: (
+                "share of the FFN parameters",
+                metric_label(metric),
+                [(c["method"], c["fraction"], c["scores"][task][metric]["value"]) for c in cells],
+            )
+            for task, metric in heads.items()
+        },
+        PLOTS["quality"],
+    )
+    _draw(
+        {
+            part: (
+                "times dense",
+                "KL to the dense model",
+                [(c["method"], c[f"{part}_speedup"][0], c["kl_after"]) for c in cells],
+            )
+            for part in ("prefill", "decode")
+        },
+        PLOTS["speed"],
+    )
+
+
+def _draw(panels: dict[str, tuple[str, str, list[tuple[str, float, float]]]], path: Path) -> None:
+    """title → (x label, y label, (method, x, y) points)."""
     from matplotlib.figure import Figure
 
-    cells = [cell for cell in best_rates(kept["cells"]) if cell["fraction"]]
-    tasks = kept["dense"]["scores"]
-    names = list(dict.fromkeys(cell["method"] for cell in (*cells, *ffn["cells"].values())))
-    color = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(names)}
-
-    def draw(figure: Any, axes: Any, points: list[tuple[str, float, float]], x: str, y: str) -> None:
-        for name in names:
+    figure = Figure(figsize=(4.8 * len(panels) + 1, 4.2), layout="constrained")
+    names = list(dict.fromkeys(name for _, _, points in panels.values() for name, _, _ in points))
+    for axes, (title, (x, y, points)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for place, name in enumerate(names):
             own = sorted((a, b) for method, a, b in points if method == name)
-            if own:
-                axes.plot(*zip(*own, strict=True), "o-", color=color[name], label=name)
-        axes.set(xlabel=x, ylabel=y)
-
-    def save(figure: Any, panels: Any, name: str) -> None:
-        handles = {h.get_label(): h for axes in panels for h in axes.get_legend_handles_labels()[0]}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(PLOTS[name], dpi=110)
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axes, (task, own) in zip(panels, tasks.items(), strict=True):
-        points = [(c["method"], c["fraction"], c["scores"][task][own["headline"]]["value"]) for c in cells]
-        draw(figure, axes, points, "share of the FFN parameters", f"{task}: {metric_label(own['headline'])}")
-        axes.axhline(own[own["headline"]]["value"], color="black", linestyle=":", label="dense")
-    save(figure, panels, "quality")
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, part in zip(panels, ("prefill", "decode"), strict=True):
-        points = [(c["method"], c[f"{part}_speedup"][0], c["kl_after"]) for c in cells]
-        draw(figure, axes, points, f"{part}, times dense", "KL to the dense model")
-    save(figure, panels, "speed")
-    layers = sorted({cell["layer"] for cell in ffn["cells"].values()})
-    figure = Figure(figsize=(4.5 * len(layers), 4), layout="constrained")
-    panels = figure.subplots(1, len(layers), squeeze=False)[0]
-    for axes, layer in zip(panels, layers, strict=True):
-        own = [cell for cell in ffn["cells"].values() if cell["layer"] == layer]
-        draw(figure, axes, [(c["method"], c["ratio"], c["after"]) for c in own], "share of the parameters", "error")
-        axes.set_title(f"layer {layer}, after training")
-    save(figure, panels, "ffn")
+            axes.plot(*zip(*own, strict=True), "o-", color=_COLORS[place % len(_COLORS)], label=name)
+        axes.set(title=title, xlabel=x, ylabel=y)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def _score(own: dict[str, Any]) -> str:
     metric, difference = own["headline"], own.get("against_dense")
     differs = difference is not None and not difference["low"] <= 0 <= difference["high"]
     return score_text(metric, own[metric]) + ("*" if differs else "")
-
-
-def _plain(own: dict[str, Any]) -> str:
-    return score_text(own["headline"], own[own["headline"]]).partition(" ")[0]
 
 
 def _millions(cell: dict[str, Any]) -> str:
@@ -208,17 +256,18 @@ def _megabytes(cell: dict[str, Any]) -> str:
     return f"{cell['disk_bytes'] / 1e6:.0f} MB"
 
 
-def kept() -> tuple[dict[str, Any], dict[str, Any], str]:
+def kept_results() -> tuple[Kept, str]:
     """The committed results and the advice."""
-    return read_json(RESULTS), read_json(FFN_RESULTS), ADVICE.read_text(encoding="utf-8").strip()
+    kept = {name: read_json(path) for name, path in FILES.items() if path.exists()}
+    return kept, ADVICE.read_text(encoding="utf-8").strip()
 
 
 def main() -> None:
-    """Write the page and its plots."""
-    results = kept()
-    PAGE.write_text(page(*results), encoding="utf-8")
-    README.write_text(with_comparison(README.read_text(encoding="utf-8"), results[0]), encoding="utf-8")
-    plot(*results[:2])
+    """Write the page, its plots and the README's table."""
+    kept, advice = kept_results()
+    PAGE.write_text(page(kept, advice), encoding="utf-8")
+    README.write_text(with_comparison(README.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    plot(kept)
     print(PAGE)
 
 

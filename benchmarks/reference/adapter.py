@@ -142,6 +142,33 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(entries[FORMAT]), tensors
 
 
+@torch.no_grad()
+def restore_(model: nn.Module, path: Path) -> None:
+    """Put what `path` holds back into the projector and PEFT's LoRA layers of `model`, so that training goes on.
+
+    Only the product of a row's two scales is kept, so both halves get its root. Raises `CheckpointError` where the file
+    was made for other layers or another rank; nothing is changed then.
+    """
+    _, tensors = _read(path)
+    changes: list[tuple[Tensor, Tensor]] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            rows, scale = tensors.get(f"{name}.lora"), tensors.get(f"{name}.scale")
+            a, b = layer.lora_A[_LORA].weight, layer.lora_B[_LORA].weight
+            if rows is None or scale is None or rows.shape != (len(a), a.shape[1] + len(b)):
+                found = "nothing" if rows is None else f"rows {tuple(rows.shape)}"
+                raise CheckpointError(f"{path} holds {found} for {name}.", "Train with the rank it was made with.")
+            half = (scale / layer.scaling[_LORA]).sqrt()[:, None] * rows.float()
+            changes += [(a, half[:, : a.shape[1]]), (b, half[:, a.shape[1] :].T)]
+    for name, linear in projector_linears(model).items():
+        weight, bias = (tensors.get(f"{name}.{part}") for part in ("weight", "bias"))
+        if weight is None or bias is None or weight.shape != linear.weight.shape:
+            raise CheckpointError(f"{path} has no projector {name} of this shape.", _AGAIN)
+        changes += [(linear.weight, weight.float() * tensors[f"{name}.scale"][:, None]), (linear.bias, bias)]
+    for target, value in changes:
+        target.copy_(value)
+
+
 def kept_facts(path: Path) -> dict[str, Any]:
     """How the adapter in `path` was trained."""
     return _read(path)[0]["training"]

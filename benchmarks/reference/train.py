@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter import UNTRAINED, build, fingerprint, pack, projector_linears
+from adapter import UNTRAINED, build, fingerprint, kept_facts, pack, projector_linears, restore_
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -107,13 +107,18 @@ def train(args: argparse.Namespace) -> Path:
     model.requires_grad_(False)
     for linear in projector_linears(model).values():
         linear.requires_grad_(True)
-    stage("projector", args.projector_steps, args.projector_learning_rate, args.seed)
+    if args.start is None:
+        stage("projector", args.projector_steps, args.projector_learning_rate, args.seed)
     torch.manual_seed(args.seed)
     add_lora_(model, args.rank)
+    if args.start is not None:
+        restore_(model, args.start)
     stage("all", args.steps, args.learning_rate, args.seed + 1)
     path = args.output / "adapter.safetensors"
-    left_out = ("model", "output", "checkpoint_every", "log_every", "train")
-    facts = {name: value for name, value in vars(args).items() if name not in left_out}
+    left_out = ("model", "output", "checkpoint_every", "log_every", "train", "start")
+    facts: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in left_out}
+    if args.start is not None:
+        facts["start"] = kept_facts(args.start)
     pack(model, path, base, facts | {"examples": len(source)})
     return path
 
@@ -126,6 +131,7 @@ def main() -> None:
     add = parser.add_argument
     add("--train", required=True, help="examples: easy-vqa:train, a .jsonl file, or datasets:NAME_OR_FOLDER[:SPLIT]")
     add("--model", type=Path, default=UNTRAINED, help="folder that assemble.py wrote")
+    add("--start", type=Path, help="adapter to train on from, in place of stage 1; its rank has to be --rank")
     add("--output", type=Path, default=OUTPUT, help="folder for states, metrics, adapter and finished model")
     add("--projector-steps", type=int, default=200, help="steps of stage 1, projector alone")
     add("--steps", type=int, default=1000, help="steps of stage 2, projector and LoRA")

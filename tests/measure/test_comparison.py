@@ -54,8 +54,39 @@ def test_training_loss_alone_chooses_the_learning_rate() -> None:
 
 
 def test_page_and_readme_are_what_the_kept_results_give() -> None:
-    kept = report.kept()
-    assert report.page(*kept) == report.PAGE.read_text(encoding="utf-8")
+    kept, advice = report.kept_results()
+    assert report.page(kept, advice) == report.PAGE.read_text(encoding="utf-8")
     readme = report.README.read_text(encoding="utf-8")
-    assert report.with_comparison(readme, kept[0]) == readme
-    assert all(path.is_file() for path in report.PLOTS.values())
+    assert report.with_comparison(readme, kept) == readme
+
+
+def _score(value: float) -> dict[str, Any]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "count": 9}
+
+
+def test_a_reference_model_gets_a_section_with_its_scores_in_their_places(tmp_path: Path) -> None:
+    kept, advice = report.kept_results()
+    question = {"headline": "exact_match", "exact_match": _score(0.5)}
+    dense = {"scores": {"question": question}, "parameters": 10_000_000, "disk_bytes": 20_000_000}
+    cell = {
+        "method": "products",
+        "fraction": 0.5,
+        "scores": {"question": {**question, "exact_match": _score(0.4), "against_dense": _score(-0.2)}},
+        "retention": {"question": 0.8},
+        "kl_before": 2.0,
+        "kl_after": 1.0,
+        "loss_after": 1.0,
+        "fit_seconds": 3.0,
+        "train_seconds": 4.0,
+        "ffn_params_ratio": 0.5,
+        "parameters": 7_000_000,
+        "disk_bytes": 14_000_000,
+        "prefill_speedup": [1.5, 1.4, 1.6],
+        "decode_speedup": [1.8, 1.7, 1.9],
+    }
+    settings = {"steps": 5, "batch_size": 2, "calibration": 4, "examples": 9}
+    machine = kept["perplexity"]["machine"]
+    comparison_file = {"settings": settings, "machine": machine, "dense": dense, "cells": {"a": cell}}
+    text = report.page(kept | {"comparison": comparison_file}, advice)
+    expected = "| products | 40.00% (30.0%-50.0%)* | 80.0% | 2.00 → 1.00 | 50.0% | 7.0 M | 14 MB | 1.50× (1.40-1.60) |"
+    assert expected in text

@@ -124,6 +124,30 @@ def test_build_merges_what_peft_merges(trained: Any, tmp_path: Path) -> None:
             assert (weight != merged[name].bfloat16()).float().mean() < 0.01  # observed 0
 
 
+def test_training_can_go_on_from_a_kept_adapter(trained: Any, tmp_path: Path) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "untrained").float().requires_grad_(False)
+    train.add_lora_(model, 4)
+    adapter.restore_(model, tmp_path / "adapter.safetensors")
+    adapter.build(tmp_path / "untrained", tmp_path / "adapter.safetensors", tmp_path / "built")
+    built = AutoModelForImageTextToText.from_pretrained(tmp_path / "built", dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+            wanted = built.get_submodule(name).weight  # bfloat16 there: half a unit in its last place, observed 2**-8
+            torch.testing.assert_close(layer.get_base_layer().weight, wanted, rtol=2**-7, atol=1e-6)
+    for name, linear in adapter.projector_linears(model).items():
+        torch.testing.assert_close(linear.weight, built.get_submodule(name).weight, rtol=2**-7, atol=1e-6)
+
+
+def test_an_adapter_of_another_rank_is_refused_and_changes_nothing(trained: Any, tmp_path: Path) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "untrained").requires_grad_(False)
+    train.add_lora_(model, 2)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(CheckpointError, match="rows"):
+        adapter.restore_(model, tmp_path / "adapter.safetensors")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
 def test_build_gives_the_same_bytes_again(trained: Any, tmp_path: Path) -> None:
     for name in ("one", "two"):
         adapter.build(tmp_path / "untrained", tmp_path / "adapter.safetensors", tmp_path / name)
