@@ -28,9 +28,9 @@ FRACTIONS = (0.5, 0.25, 0.125)
 NARROW = 0.75  # of its matrices' parameters, what a hypercomplex layer on fewer hidden units keeps
 
 
-def both(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The same layer for language model and vision tower."""
-    return {"replace": {"language": layer, "vision": layer}}
+def both(layer: Mapping[str, Any], **choice: Any) -> dict[str, Any]:
+    """The same layer for language model and vision tower, and what else the choice says."""
+    return {"replace": {"language": layer, "vision": layer, **choice}}
 
 
 def methods(fraction: float) -> dict[str, dict[str, Any]]:
@@ -39,6 +39,7 @@ def methods(fraction: float) -> dict[str, dict[str, Any]]:
         "low-rank, whitened": both({"kind": "low_rank", "fraction": fraction}),
         "width pruning": both({"kind": "dense", "width": fraction}) | {"fit": {"refit_writer": False}},
         "width, writer refitted": both({"kind": "dense", "width": fraction}),
+        "width by budget": both({"kind": "dense", "width": fraction}, budget=fraction),
         "products": both({"kind": "products", "n": 4, "products": round(16 * fraction)}),
         "generic": both({"kind": "learned", "n": 4, "terms": round(16 * fraction)}),
         "products + companion": both(

@@ -120,7 +120,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add(
-        "--model", required=True, help="a model whose decoder has layers[i].mlp (Llama, Qwen, Gemma; or a LLaVA of one)"
+        "--model", default="runs/reference/untrained", help="a model whose decoder has layers[i].mlp, or a LLaVA of one"
     )
     add("--text", type=Path, required=True, help="folder with valid.txt and test.txt")
     add("--results", type=Path, default=Path(__file__).parent / "results" / "ffn_quality.json")
@@ -150,7 +150,7 @@ def main() -> None:
         for fraction in args.fractions:
             for method, fields in methods(fraction).items():
                 name = f"layer {layer}, {method} at {fraction:g}"
-                if name not in cells:
+                if name not in cells and "budget" not in fields["replace"]:  # one FFN has nothing to share
                     identity = {"layer": layer, "method": method, "fraction": fraction}
                     cells[name] = identity | cell(mlp, fields, seen, held_out, args)
                     write_json(args.results, kept)

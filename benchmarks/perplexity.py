@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from comparison import FRACTIONS, methods
 from torch import Tensor
 
-from hyperfade.distill import distill_, fit_, teacher_of
+from hyperfade.distill import allocate, distill_, fit_, teacher_of
 from hyperfade.hub import load, load_processor
 from hyperfade.measure import machine
 from hyperfade.recipe import Fit, Replace, Train
-from hyperfade.surgery import plan, set_alpha_, swap_
+from hyperfade.surgery import find_ffns, plan, set_alpha_, swap_
 from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
@@ -50,11 +50,16 @@ def cell(fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.N
     if args.attention:
         model.set_attn_implementation(args.attention)
     teacher = teacher_of(model)
-    chosen = plan(model, Replace(language=fields["replace"]["language"], vision=None))
+    replaced = Replace.model_validate(fields["replace"] | {"vision": None})
+    calibration = [{"input_ids": part, "labels": part} for part in text["valid"][: args.calibration].split(16)]
+    began = time.perf_counter()
+    if replaced.budget is not None:
+        replaced = allocate(model, replaced, calibration[:4], ridge=1e-4).replace
+    chosen = plan(model, replaced)
+    matrices = [name for ffn in find_ffns(model) if ffn.region == "language" for name in ffn.linears]
+    dense_parameters = sum(model.get_submodule(name).weight.numel() for name in matrices)
     model.requires_grad_(False)
     swap_(model, chosen)
-    calibration = [{"input_ids": part} for part in text["valid"][: args.calibration].split(16)]
-    began = time.perf_counter()
     fit_(model, chosen, calibration, Fit(prefix="dense", sweeps=6, ridge=1e-4, **fields.get("fit", {})))
     fit_seconds = time.perf_counter() - began
     set_alpha_(model, 1.0)
@@ -90,7 +95,7 @@ def cell(fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.N
         "after": perplexity(model, text["test"]),
         "kl_before": kl[0],
         "kl_after": statistics.mean(kl[-10:]),
-        "ffn_params_ratio": chosen.ffn_params_ratio,
+        "ffn_params_ratio": 1 - chosen.saved_parameters / dense_parameters,
         "fit_seconds": fit_seconds,
         "train_seconds": seconds,
     }

@@ -165,7 +165,7 @@ def test_a_budget_gives_layers_without_a_size_a_start() -> None:
         ({"replace": {"budget": 0.5, "rules": [{"layer": None}]}}, "leave out rules"),
         ({"replace": {"budget": 0.5, "vision": {"kind": "quaternion"}}}, "no size to choose for kind 'quaternion'"),
         ({"replace": {"budget": 0.5}, "fit": {"method": "frobenius"}}, "only fit.method calibrated gathers"),
-        ({"rivals": {"r": {"replace": {"budget": 0.5}, "fit": {"method": "random"}}}}, "only fit.method calibrated"),
+        ({"rivals": {"r": {"replace": {"budget": 0.5}, "fit": {"method": "random"}}}}, "fit.method calibrated gathers"),
     ],
     ids=str,
 )
