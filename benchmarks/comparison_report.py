@@ -238,7 +238,7 @@ def _draw(panels: dict[str, tuple[str, str, list[tuple[str, float, float]]]], pa
             axes.plot(*zip(*own, strict=True), "o-", color=_COLORS[place % len(_COLORS)], label=name)
         axes.set(title=title, xlabel=x, ylabel=y)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 
