@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import FRACTIONS, methods
+from comparison import FRACTIONS, RESULTS, methods
 from torch import Tensor, nn
 
 from hyperfade.distill import fit_, teacher_of
@@ -123,7 +123,7 @@ def main() -> None:
         "--model", default="runs/reference/untrained", help="a model whose decoder has layers[i].mlp, or a LLaVA of one"
     )
     add("--text", type=Path, required=True, help="folder with valid.txt and test.txt")
-    add("--results", type=Path, default=Path(__file__).parent / "results" / "ffn_quality.json")
+    add("--results", type=Path, default=RESULTS.with_name("ffn_quality.json"), help="finished cells")
     add("--layers", type=int, nargs="+", default=[10, 26], help="layers whose FFN is taken")
     add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
     add("--steps", type=int, default=300, help="training steps of 2,048 tokens")

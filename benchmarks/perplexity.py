@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comparison import FRACTIONS, methods
+from comparison import FRACTIONS, RESULTS, methods
 from torch import Tensor
 
 from hyperfade.distill import allocate, distill_, fit_, teacher_of
@@ -29,7 +29,6 @@ from hyperfade.recipe import Fit, Replace, Train
 from hyperfade.surgery import find_ffns, plan, set_alpha_, swap_
 from hyperfade.workspace import read_json, write_json
 
-RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 LENGTH = 256  # tokens of a sequence
 
 
@@ -109,7 +108,12 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="runs/reference/untrained", help="a causal language model, or a LLaVA of one")
     add("--text", type=Path, required=True, help="folder with valid.txt and test.txt")
-    add("--results", type=Path, default=RESULTS, help="file that every finished cell is added to")
+    add(
+        "--results",
+        type=Path,
+        default=RESULTS.with_name("perplexity.json"),
+        help="file that every finished cell is added to",
+    )
     add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
     add("--methods", nargs="+", help=f"only these: {', '.join(methods(0.5))}")
     add("--steps", type=int, default=60, help="optimizer steps of every cell")
