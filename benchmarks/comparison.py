@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,31 +149,37 @@ def run_cell(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> 
 _DENSE = (("dense.json", "work/quality-dense.json"), ("dense.jsonl", "answers/dense.jsonl"))
 
 
-def main() -> None:
-    """Run every cell that the results file lacks."""
+def arguments(description: str, results: Path, output: Path) -> argparse.ArgumentParser:
+    """The options that every benchmark on the reference model has."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--model", type=Path, default=Path("runs/reference/model"), help="the dense model; made by make reference")
     add("--data", type=Path, default=Path("runs/reference/data"), help="folder with train.jsonl and test.jsonl")
-    add("--output", type=Path, default=Path("runs/comparison"), help="folder of the cells' own folders")
-    add("--results", type=Path, default=RESULTS, help="file that every finished cell is added to")
-    add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
-    add("--methods", nargs="+", help=f"only these: {', '.join([*methods(0.5), 'paper'])}")
-    add("--learning-rates", type=float, nargs="+", default=[5e-4], help="candidates, the same for every method")
-    add("--steps", type=int, default=120, help="optimizer steps of every cell")
-    add("--batch-size", type=int, default=32, help="samples per step")
-    add("--calibration", type=int, default=256, help="samples of the fit")
-    add("--examples", type=int, default=900, help="test examples of the evaluation")
+    add("--output", type=Path, default=output, help="folder of the cells' own folders")
+    add("--results", type=Path, default=results, help="file that every finished cell is added to")
+    add("--steps", type=int, default=60, help="optimizer steps of every cell")
+    add("--batch-size", type=int, default=16, help="samples per step")
+    add("--calibration", type=int, default=128, help="samples of the fit")
+    add("--examples", type=int, default=600, help="test examples of the evaluation")
     add("--attention", default="eager", help="attention of all models: eager is faster on a CPU, sdpa on a GPU")
-    args = parser.parse_args()
-    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "calibration", "examples", "attention")}
+    return parser
+
+
+def run(
+    wanted: Iterable[tuple[str, dict[str, Any], dict[str, Any]]],
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+) -> None:
+    """Run every cell of `wanted` that the results file lacks: (name, what identifies it, recipe fields)."""
+    names = ("steps", "batch_size", "calibration", "examples", "attention")
+    settings = {name: getattr(args, name) for name in names}
     kept = read_json(args.results) if args.results.exists() else {}
     if kept.setdefault("settings", settings) != settings:
         parser.error(f"{args.results} holds cells of other settings, {kept['settings']}: choose another --results")
     kept.setdefault("cells", {})
-    for name, identity, fields in cells(args):
+    for name, identity, fields in wanted:
         if name in kept["cells"]:
             continue
         print(f"== {name}", flush=True)
@@ -188,6 +194,17 @@ def main() -> None:
         kept["cells"][name] = identity | summary(folder, results, fields["train"].get("learning_rate"))
         write_json(args.results, kept)
         print(json.dumps(kept["cells"][name]["retention"]), flush=True)
+
+
+def main() -> None:
+    """Run every cell that the results file lacks."""
+    parser = arguments(__doc__, RESULTS, Path("runs/comparison"))
+    add = parser.add_argument
+    add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
+    add("--methods", nargs="+", help=f"only these: {', '.join([*methods(0.5), 'paper'])}")
+    add("--learning-rates", type=float, nargs="+", default=[5e-4], help="candidates, the same for every method")
+    args = parser.parse_args()
+    run(cells(args), args, parser)
 
 
 if __name__ == "__main__":

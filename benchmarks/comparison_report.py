@@ -2,8 +2,8 @@
 
     python benchmarks/comparison_report.py
 
-Shows what has been measured: `perplexity.py` (a language model), `ffn_quality.py` (single FFNs) and, where it has been
-run, `comparison.py` (the reference model). The advice is ours, from `results/advice.md`.
+Shows what has been measured: `perplexity.py` (a language model), `ffn_quality.py` (single FFNs) and, where they have
+been run, `comparison.py` and `ablation.py` (the reference model). The advice is ours, from `results/advice.md`.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 README = PAGE.parent.parent / "README.md"
 BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
 PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "speed")}
-FILES = {name: RESULTS.with_name(f"{name}.json") for name in ("perplexity", "ffn_quality", "comparison")}
+FILES = {name: RESULTS.with_name(f"{name}.json") for name in ("perplexity", "ffn_quality", "comparison", "ablation")}
 ADVICE = RESULTS.with_name("advice.md")
 _COLORS = ("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf", "#2ca02c", "#ff7f0e", "#9467bd")
 
@@ -125,6 +125,7 @@ def page(kept: Kept, advice: str) -> str:
         *_perplexity_part(kept["perplexity"]),
         *_ffn_part(kept["ffn_quality"]),
         *(_reference_part(kept["comparison"]) if "comparison" in kept else ()),
+        *(_ablation_part(kept["ablation"]) if "ablation" in kept else ()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -169,6 +170,34 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]
         parts += [comparison_table(kept, fraction)]
     return [*parts, *(f"![{name} against size]({PLOTS[name].name})" for name in ("quality", "speed"))]
+
+
+def ablation_table(kept: dict[str, Any]) -> str:
+    """One row per change, the base first: what each task keeps, and the KL before and after training."""
+    tasks = list(kept["dense"]["scores"])
+    rows = [
+        [
+            cell["change"],
+            *(f"{cell['retention'][task]:.1%}" if cell["retention"][task] is not None else "-" for task in tasks),
+            f"{cell['kl_before']:.2f} → {cell['kl_after']:.2f}",
+            f"{cell['ffn_params_ratio']:.1%}",
+            f"{cell['train_seconds']:.0f} s",
+        ]
+        for cell in kept["cells"].values()
+    ]
+    return table(["change", *(f"{task} kept" for task in tasks), "KL before → after", "FFN", "training"], rows)
+
+
+def _ablation_part(kept: dict[str, Any]) -> list[str]:
+    settings, fractions = kept["settings"], {cell["fraction"] for cell in kept["cells"].values()}
+    return [
+        "## What each ingredient is worth",
+        f"The reference model by plain products (n = 4, {', '.join(f'{f:g}' for f in fractions)} of the FFN parameters,"
+        f" calibrated fit, no fade, mostly KL), with one thing changed at a time; {settings['steps']} steps of "
+        f"{settings['batch_size']} conversations, {settings['examples']} unseen test examples. KL is printed where it "
+        f"is a part of the loss. {_machine(kept)}",
+        ablation_table(kept),
+    ]
 
 
 def _machine(kept: dict[str, Any]) -> str:

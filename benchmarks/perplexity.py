@@ -42,8 +42,10 @@ def perplexity(model: Any, sequences: Tensor) -> float:
     return math.exp(total / sequences[:, 1:].numel())
 
 
-def cell(fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.Namespace) -> dict[str, Any]:
-    """Fit, train and score the model with its language FFNs replaced."""
+def cell(
+    fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.Namespace, moments: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Fit, train and score the model with its language FFNs replaced. moments: as of `fit_`, for all cells."""
     torch.manual_seed(0)
     model: Any = load(args.model, "bfloat16")
     if args.attention:
@@ -59,7 +61,8 @@ def cell(fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.N
     dense_parameters = sum(model.get_submodule(name).weight.numel() for name in matrices)
     model.requires_grad_(False)
     swap_(model, chosen)
-    fit_(model, chosen, calibration, Fit(prefix="dense", sweeps=6, ridge=1e-4, **fields.get("fit", {})))
+    recipe = Fit(prefix="dense", sweeps=6, ridge=1e-4, **fields.get("fit", {}))
+    fit_(model, chosen, calibration, recipe, moments=moments)
     fit_seconds = time.perf_counter() - began
     set_alpha_(model, 1.0)
     before = perplexity(model, text["test"])
@@ -95,7 +98,7 @@ def cell(fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.N
         "kl_before": kl[0],
         "kl_after": statistics.mean(kl[-10:]),
         "ffn_params_ratio": 1 - chosen.saved_parameters / dense_parameters,
-        "fit_seconds": fit_seconds,
+        "fit_seconds": fit_seconds,  # with the second moments where this cell gathered them
         "train_seconds": seconds,
     }
 
@@ -139,11 +142,12 @@ def main() -> None:
     if "dense" not in kept:
         kept["dense"] = perplexity(load(args.model, "bfloat16"), text["test"])
     cells = kept.setdefault("cells", {})
+    moments: dict[str, Tensor] = {}
     for fraction in args.fractions:
         for method, fields in methods(fraction).items():
             name = f"{method} at {fraction:g}"
             if name not in cells and (not args.methods or method in args.methods):
-                cells[name] = {"method": method, "fraction": fraction} | cell(fields, text, args)
+                cells[name] = {"method": method, "fraction": fraction} | cell(fields, text, args, moments)
                 write_json(args.results, kept)
                 own = cells[name]
                 print(

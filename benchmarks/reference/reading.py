@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -178,8 +179,17 @@ def _ink(chance: random.Random, ground: np.ndarray) -> tuple[int, int, int]:
     return (0, 0, 0) if low + high > 255 else (255, 255, 255)
 
 
-def draw_text(text: Text, fonts: list[Path]) -> Image.Image:
-    """`text` on a square of SIDE pixels, with letters as large as asked for or as fit."""
+@dataclass(frozen=True)
+class Letter:
+    """A drawn character and the middle of its place, in pixels from the left and from the top."""
+
+    character: str
+    x: float
+    y: float
+
+
+def draw_text(text: Text, fonts: list[Path]) -> tuple[Image.Image, list[Letter]]:
+    """`text` on a square of SIDE pixels, with letters as large as asked for or as fit; and where its letters are."""
     chance = random.Random(f"draw {text.seed}")
     dice = np.random.default_rng(chance.getrandbits(64))
     ground = _ground(chance, dice)
@@ -197,7 +207,23 @@ def draw_text(text: Text, fonts: list[Path]) -> Image.Image:
     pen.multiline_text(
         (left, top), "\n".join(text.rows), font=font, fill=_ink(chance, ground), align=align, spacing=font.size // 5
     )
-    return image
+    return image, list(letters_of(text.rows, font, left, top, centred=align == "center"))
+
+
+def letters_of(
+    rows: tuple[str, ...], font: ImageFont.FreeTypeFont, left: float, top: float, *, centred: bool
+) -> Iterator[Letter]:
+    """Where Pillow's `multiline_text` at (left, top) put the characters, spaces left out."""
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    one, two = (measure.multiline_textbbox((0, 0), lines, font=font, spacing=font.size // 5) for lines in ("x", "x\nx"))
+    widths = [font.getlength(row) for row in rows]
+    for number, (row, width) in enumerate(zip(rows, widths, strict=True)):
+        start = left + ((max(widths) - width) / 2 if centred else 0)
+        middle = top + (one[1] + one[3]) / 2 + number * (two[3] - one[3])
+        for place, character in enumerate(row):
+            if character != " ":
+                ends = font.getlength(row[:place]), font.getlength(row[: place + 1])
+                yield Letter(character, start + sum(ends) / 2, middle)
 
 
 @lru_cache(maxsize=2048)

@@ -12,6 +12,7 @@ from hyperfade.recipe import Recipe, Replace
 from hyperfade.surgery import plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import ablation
 import comparison
 import comparison_report as report
 
@@ -39,6 +40,23 @@ def test_the_papers_recipe_is_the_one_that_ships_but_for_its_steps() -> None:
     assert own.replace == shipped.replace
     assert own.fit == shipped.fit
     assert own.train == shipped.train
+
+
+def test_every_ablation_is_a_recipe_that_changes_one_thing_at_the_same_size() -> None:
+    model = _reference_shapes()
+    cells = {name: fields for name, _, fields in ablation.cells(0.25, 60)}
+    base = Recipe.parse(cells["base"])
+    made = {name: Recipe.parse(fields) for name, fields in cells.items()}
+    assert len({recipe.model_dump_json() for recipe in made.values()}) == len(made)
+    for name, recipe in made.items():
+        changed = [part for part in ("replace", "fit", "train") if getattr(recipe, part) != getattr(base, part)]
+        assert len(changed) == (0 if name == "base" else 2 if name == "random fit, fade: two thirds" else 1), name
+        assert recipe.train.fade_steps + recipe.train.polish_steps == 60
+        if "only" not in name:
+            # observed 0 to +0.0003, the numbers of learned algebras
+            assert plan(model, recipe.replace).ffn_params_ratio == pytest.approx(0.25, abs=0.001), name
+    for name, region in (("language only", "language"), ("vision only", "vision"), ("top layers only", "language")):
+        assert {swap.region for swap in plan(model, made[name].replace).swaps} == {region}
 
 
 def _cell(method: str, rate: float, loss: float) -> dict[str, Any]:
@@ -90,3 +108,14 @@ def test_a_reference_model_gets_a_section_with_its_scores_in_their_places(tmp_pa
     text = report.page(kept | {"comparison": comparison_file}, advice)
     expected = "| products | 40.00% (30.0%-50.0%)* | 80.0% | 2.00 → 1.00 | 50.0% | 7.0 M | 14 MB | 1.50× (1.40-1.60) |"
     assert expected in text
+
+
+def test_an_ablation_gets_a_section_with_what_each_task_keeps() -> None:
+    kept, advice = report.kept_results()
+    dense = {"scores": {"question": {}, "reading": {}}}
+    cell = {"change": "n = 8", "fraction": 0.25, "retention": {"question": 0.9, "reading": None}, "kl_before": 2.0}
+    cell |= {"kl_after": 1.0, "ffn_params_ratio": 0.25, "train_seconds": 60.0}
+    settings = {"steps": 5, "batch_size": 2, "examples": 9}
+    file = {"settings": settings, "machine": kept["perplexity"]["machine"], "dense": dense, "cells": {"n = 8": cell}}
+    text = report.page(kept | {"ablation": file}, advice)
+    assert "| n = 8 | 90.0% | - | 2.00 → 1.00 | 25.0% | 60 s |" in text

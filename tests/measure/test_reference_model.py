@@ -1,14 +1,17 @@
 """The reference model's scripts, on tiny stand-ins: what is kept of a training gives back what was trained."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "reference"))
 import adapter
 import fetch
+import seeing
 import train
 
 from hyperfade.distill.loop import StepReport
@@ -33,10 +37,19 @@ from hyperfade.hub import load_processor, save
 
 
 @pytest.fixture
-def model() -> Any:
+def processor() -> Any:
+    """The embedded model's, for images of the reference model's size."""
+    processor = load_processor("embedded")
+    processor.image_processor.size = {"height": 112, "width": 112}
+    processor.patch_size = seeing.PATCH
+    return processor
+
+
+@pytest.fixture
+def model(processor: Any) -> Any:
     """The reference model's architecture in miniature, with the embedded model's vocabulary."""
     torch.manual_seed(0)
-    tokenizer = load_processor("embedded").tokenizer
+    tokenizer = processor.tokenizer
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -48,7 +61,7 @@ def model() -> Any:
         pad_token_id=0,
     )
     vision = Dinov2Config(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=60, patch_size=10
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=112, patch_size=14
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -62,14 +75,14 @@ def model() -> Any:
 
 
 @pytest.fixture
-def trained(model: Any, tmp_path: Path) -> Any:
+def trained(model: Any, processor: Any, tmp_path: Path) -> Any:
     """`model` saved as untrained, then with a random projector and random LoRA, packed."""
-    save(model, tmp_path / "untrained", load_processor("embedded"))
+    save(model, tmp_path / "untrained", processor)
     base = adapter.fingerprint(model)
     model.float().requires_grad_(False)
     for linear in adapter.projector_linears(model).values():
         nn.init.normal_(linear.weight)
-    train.add_lora_(model, 4)
+    train.add_lora_(model, 4, 4)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.1)
@@ -81,6 +94,91 @@ def test_lora_is_on_every_linear_of_both_towers_and_nowhere_else(trained: Any) -
     adapted = {n for n, m in trained.named_modules() if hasattr(m, "lora_A")}
     assert len(adapted) == 2 * 6 + 2 * 7
     assert not [n for n in adapted if "projector" in n or "lm_head" in n]
+
+
+def test_each_tower_has_its_own_rank_and_a_stage_trains_what_it_names(model: Any) -> None:
+    train.add_lora_(model, 3, 5)
+    ranks = {train.region_of(n): m.r["default"] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert ranks == {"language": 3, "vision": 5}
+    assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {1.0}
+    for regions in ([], ["vision"], ["vision", "language"]):
+        train.train_only_(model, regions)
+        trained = {train.region_of(n) for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == {"projector", *regions}
+        assert all("lora" in n or "projector" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_alike_examples_are_together_and_each_is_there_once() -> None:
+    lengths = [1, 4, 1, 2, 1, 4, 2, 1, 1, 3]
+    groups = train.alike(lengths, 3, seed=0)
+    assert len(groups) == 3
+    numbers = [number for group in groups for number in group]
+    assert len(set(numbers)) == 9
+    assert [lengths[number] for number in numbers] == sorted(lengths)[:9]
+    assert train.alike(lengths, 3, seed=1) != groups
+
+
+def test_patches_say_which_letters_they_hold_from_left_to_right() -> None:
+    letters = [seeing.Letter("b", 16, 3), seeing.Letter("a", 15, 13.9), seeing.Letter("0", 111.9, 115)]
+    first = seeing.CHARACTERS.index
+    assert seeing.in_patches(letters) == {1: [1 + first("a"), 1 + first("b")], 63: [1 + first("0")]}
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> Path:
+    """Four pictures, one of them in two rows, and a text."""
+    rows: list[dict] = []
+    for number, name in enumerate("aabcdr"):
+        noise = np.random.default_rng(number).integers(0, 255, (112, 112, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}
+        messages = [asked, {"role": "assistant", "content": "red circle" if name != "r" else "blue"}]
+        task = "caption" if name != "r" else "reading"
+        rows.append({"messages": messages, "images": [f"{name}.png"], "task": task})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "train.jsonl"
+
+
+def test_seeing_is_asked_for_what_the_images_hold(train_file: Path, processor: Any) -> None:
+    examples = seeing.Examples(train_file, Path("no such folder, so the system's fonts"), processor, 0)
+    assert examples.words == ["circle", "red"]
+    assert len(examples) == 4 * (1 + seeing.TEXTS_A_PICTURE)
+    batch = examples.batch([0, 1])  # a picture, a text
+    again = examples.batch([0, 1])
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+    found = seeing.in_patches(seeing.draw_text(examples.texts[0], examples.fonts)[1])
+    slots, firsts = batch["slots"] - 64 * seeing.SLOTS, batch["firsts"] - 64  # the text is the second image
+    counts = [len(slots), len(firsts), 2]
+    by_slot, by_patch, words = (part.tolist() for part in batch["labels"][0, 1:].split(counts))
+    assert sorted(words) == [1 + len(seeing.CHARACTERS), 2 + len(seeing.CHARACTERS)]
+    assert batch["means"].tolist() == [0, 0]
+    of_slot = dict(zip(slots.tolist(), by_slot, strict=True))
+    for patch, inside in found.items():
+        assert [of_slot[seeing.SLOTS * patch + number] for number in range(len(inside))] == inside
+    assert sum(label != seeing.NONE for label in by_slot) == sum(map(len, found.values()))
+    assert dict(zip(firsts.tolist(), by_patch, strict=True)) == {patch: inside[0] for patch, inside in found.items()}
+
+
+def test_seeing_predicts_from_the_patch_it_is_asked_about(model: Any, processor: Any) -> None:
+    model.float()
+    student = seeing.Seeing(model, processor.tokenizer, ["red", "circle"])
+    pixels = torch.randn(2, 3, 112, 112)
+    letters = len(seeing.CHARACTERS)
+    logits = student(pixels, torch.tensor([3 * (64 + 5) + 1]), torch.tensor([64 + 5]), torch.tensor([1])).logits
+    assert logits.shape == (1, 3 + 1, 1 + letters + 2)
+
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[2][1, 1:]
+    by_head = student.letters(hidden[5]).view(seeing.SLOTS, -1)[1]
+    torch.testing.assert_close(logits[0, 0, : 1 + letters], by_head)
+    assert (logits[0, 0, 1 + letters :] == seeing.FAR).all()
+    embeddings = model.get_input_embeddings().weight
+    projected = model.model.multi_modal_projector(hidden)
+    for place, said, texts in ((1, projected[5], seeing.CHARACTERS), (2, projected.mean(0), [" red", " circle"])):
+        tokens = [processor.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts]
+        likeness = torch.cosine_similarity(said[None], embeddings[tokens], dim=-1) * math.exp(2.5)
+        start = 1 if place == 1 else 1 + letters
+        torch.testing.assert_close(logits[0, place, start : start + len(texts)], likeness, rtol=1e-4, atol=1e-4)
+        assert (logits[0, place] == seeing.FAR).sum() == 1 + letters + 2 - len(texts)
 
 
 def test_a_number_takes_a_byte_and_is_nearest_to_what_was_trained(trained: Any, tmp_path: Path) -> None:
@@ -126,7 +224,7 @@ def test_build_merges_what_peft_merges(trained: Any, tmp_path: Path) -> None:
 
 def test_training_can_go_on_from_a_kept_adapter(trained: Any, tmp_path: Path) -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "untrained").float().requires_grad_(False)
-    train.add_lora_(model, 4)
+    train.add_lora_(model, 4, 4)
     adapter.restore_(model, tmp_path / "adapter.safetensors")
     adapter.build(tmp_path / "untrained", tmp_path / "adapter.safetensors", tmp_path / "built")
     built = AutoModelForImageTextToText.from_pretrained(tmp_path / "built", dtype=torch.float32)
@@ -141,7 +239,7 @@ def test_training_can_go_on_from_a_kept_adapter(trained: Any, tmp_path: Path) ->
 
 def test_an_adapter_of_another_rank_is_refused_and_changes_nothing(trained: Any, tmp_path: Path) -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "untrained").requires_grad_(False)
-    train.add_lora_(model, 2)
+    train.add_lora_(model, 4, 2)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(CheckpointError, match="rows"):
         adapter.restore_(model, tmp_path / "adapter.safetensors")
@@ -192,12 +290,18 @@ def test_leaving_out_other_positions_changes_no_loss(model: Any) -> None:
 
 
 def test_a_run_continues_and_ends_in_a_model(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Any,
+    processor: Any,
+    train_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save(model, tmp_path / "untrained", load_processor("embedded"))
+    save(model, tmp_path / "untrained", processor)
 
     def run(folder: Path) -> None:
-        options = {"--model": tmp_path / "untrained", "--output": folder, "--train": "easy-vqa:test", "--batch": 2}
+        options = {"--model": tmp_path / "untrained", "--output": folder, "--train": train_file, "--batch": 2}
+        options |= {"--cache": tmp_path, "--alike": 1, "--seeing-steps": 2, "--seeing-batch": 4}
         options |= {"--projector-steps": 2, "--steps": 3, "--checkpoint-every": 1}
         monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in options.items() for word in pair)])
         train.main()

@@ -64,12 +64,15 @@ def fit_(
     recipe: FitRecipe,
     folder: Path | None = None,
     on_layer: Callable[[LayerFit], None] = lambda layer: None,
+    moments: dict[str, Tensor] | None = None,
 ) -> list[LayerFit]:
     """Fit the light branch of every `BlendLinear` that `plan` made in `model`; the model ends at α = 0 as it began,
     but where FFNs keep a part of their hidden units it ends with those alone.
 
     batches: calibration inputs, keyword arguments of the model's forward (labels are left out). folder: finished FFNs
-    are kept there and taken from there, so an interrupted fit continues. on_layer is called after each matrix.
+    are kept there and taken from there, so an interrupted fit continues. on_layer is called after each matrix. moments:
+    second moments of inputs by matrix, under `prefix: dense` used where they are there and added where they are not,
+    so that several plans for one model and the same batches gather them once.
     Raises `FitError` where an FFN is never reached, activations are not finite, or a part of an FFN's hidden units is
     to be kept and the method gathers no activations that would tell which.
     """
@@ -87,19 +90,19 @@ def fit_(
     model.eval()
     results: list[LayerFit] = []
     ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches)
-    dense_moments: dict[str, Tensor] = {}
+    moments = {} if moments is None else moments
     files = {ffn.name: folder / f"{ffn.name}.safetensors" for ffn in ffns} if folder else {}
     if recipe.method == "calibrated" and recipe.prefix == "dense":
         finished = {name for ffn in ffns if ffn.name in files and files[ffn.name].exists() for name in ffn.linears}
-        missing = {name: layers[name] for name in swaps if name not in finished}
-        dense_moments = second_moments(model, missing, batches, recipe.ridge) if missing else {}
+        missing = {name: layers[name] for name in swaps if name not in finished and name not in moments}
+        moments |= second_moments(model, missing, batches, recipe.ridge) if missing else {}
     for ffn in ffns:
         mine = {name: layers[name] for name in ffn.linears if name in swaps}
         file = files.get(ffn.name)
         if file is not None and file.exists():
             fitted = _restore(file, ffn, mine)
         else:
-            fitted, order = _fit_ffn(model, ffn, mine, swaps, batches, recipe, dense_moments)
+            fitted, order = _fit_ffn(model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {})
             if file is not None:
                 _keep(file, ffn, mine, fitted, order)
         for layer in fitted:
