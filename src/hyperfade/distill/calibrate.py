@@ -102,7 +102,9 @@ def fit_(
         if file is not None and file.exists():
             fitted = _restore(file, ffn, mine)
         else:
-            fitted, order = _fit_ffn(model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {})
+            fitted, order = _fit_ffn(
+                model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {}
+            )
             if file is not None:
                 _keep(file, ffn, mine, fitted, order)
         for layer in fitted:
