@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
-from hyperfade.data import Collator, Source, open_source
+from hyperfade.data import Collator, Source, named_when_slow, open_source
 from hyperfade.distill import (
     Allocation,
     LayerFit,
@@ -28,6 +28,7 @@ from hyperfade.distill import (
     distill_,
     fit_,
     latest_step,
+    read_faults,
     teacher_of,
     total_steps,
     unshare_,
@@ -62,7 +63,7 @@ from hyperfade.measure import (
     write_answers,
 )
 from hyperfade.recipe import Fit, Recipe, Train
-from hyperfade.report import allocation_lines, plan_lines, read_metrics, write_report
+from hyperfade.report import allocation_lines, fault_text, plan_lines, read_metrics, write_report
 from hyperfade.surgery import blends, join_readers_, plan, swap_
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
@@ -110,7 +111,8 @@ class Task:
         """The batch of these examples; where all of them are bad and may be skipped, of the next ones."""
         for shift in range(len(self.source)):
             try:
-                return collate([self.source[(i + shift) % len(self.source)] for i in numbers])
+                with named_when_slow():
+                    return collate([self.source[(i + shift) % len(self.source)] for i in numbers])
             except DataError:
                 if self.recipe.data.on_bad_sample == "error":
                     raise
@@ -198,6 +200,7 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         seed=recipe.seed,
         folder=variant.work,
         on_step=_training_line(variant.name, train, say),
+        on_fault=lambda fault: say(f"[{variant.name}] {fault_text(asdict(fault))}"),
     )
     if train.lora_rank:
         merge_lora_(student)
@@ -212,7 +215,11 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     facts = {
         "layers": [asdict(layer) for layer in layers],
         "fit_seconds": sum(layer.seconds for layer in layers),
-        "training": {"steps": total_steps(train), "seconds": sum(m["seconds"] for m in read_metrics(variant.work))},
+        "training": {
+            "steps": total_steps(train),
+            "seconds": sum(m["seconds"] for m in read_metrics(variant.work)),
+            "faults": [asdict(fault) for fault in read_faults(variant.work / "metrics.jsonl")],
+        },
         "reload_bit_equal": bit_equal,
         "ffn_params_ratio": allocation.params_ratio if allocation else the_plan.ffn_params_ratio,
         "params_ratio": num_parameters(student) / num_parameters(teacher),

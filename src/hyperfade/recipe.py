@@ -238,6 +238,12 @@ class Train(_Section):
         default=0.1, ge=0, le=1, description="share of the steps with a rising learning rate"
     )
     clip_norm: Number = Field(default=1.0, gt=0, description="gradient norm limit")
+    spike_factor: Number | None = Field(
+        default=3.0,
+        gt=1,
+        description="a spike is five polish losses in a row above so many times the highest of the twenty before: the"
+        " run goes back to a state from before it, with half the step; null never",
+    )
     label_smoothing: Number = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
     kd_weight: Number = Field(default=0.9, ge=0, le=1, description="λ: share of the teacher's KL against cross-entropy")
     kd_ramp: bool = Field(default=False, description="let λ grow with α instead of starting at its full value")

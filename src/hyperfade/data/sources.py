@@ -20,12 +20,14 @@ from typing import Any, Literal
 import easy_vqa
 
 from hyperfade.data.examples import ROW_HINT, Example, Skipped, read_row
+from hyperfade.data.watch import reading
 from hyperfade.errors import DataError
 
 __all__ = ["Example", "Skipped", "Source", "open_source"]
 
 SPEC_HINT = "Give easy-vqa, easy-vqa:train, easy-vqa:test, a .jsonl file, or datasets:NAME_OR_FOLDER[:SPLIT]."
 _ROWS_PER_CHECK = 1000
+_GONE = "Look whether the file was moved, or its disk or network folder has gone; then run the same command again."
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,13 @@ def _line_places(path: Path) -> list[tuple[int, int]]:
 def _read_line(path: Path, places: list[tuple[int, int]], row: int) -> Example:
     offset, number = places[row]
     where = f"{path.name} line {number}"
-    with path.open("rb") as file:
-        file.seek(offset)
-        line = file.readline()
+    reading(f"{where} ({path})")
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
+    except OSError as error:
+        raise DataError(f"{where}: {path} cannot be read any more: {error.strerror or error}.", _GONE) from error
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
@@ -206,7 +212,13 @@ def _load_dataset(place: str, split: str) -> Any:
 
 
 def _read_table_row(table: Any, name: str, folder: Path, row: int) -> Example:
-    return read_row(table[row].to_pylist()[0], f"{name} row {row}", folder)
+    where = f"{name} row {row}"
+    reading(where)
+    try:
+        fields = table[row].to_pylist()[0]
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise DataError(f"{where}: the table cannot be read any more: {error}", _GONE) from error
+    return read_row(fields, where, folder)
 
 
 def _rows_without_pixels(table: Any, name: str, folder: Path) -> Iterator[Callable[[], Example]]:

@@ -2,7 +2,8 @@
 
 from hyperfade.distill.allocate import Allocation, Share, allocate
 from hyperfade.distill.calibrate import LayerFit, fit_
-from hyperfade.distill.loop import StepReport, Summary, distill_
+from hyperfade.distill.journal import Fault, Halving, Rollback, StepReport, read_faults, read_steps
+from hyperfade.distill.loop import Summary, distill_
 from hyperfade.distill.losses import answers_only
 from hyperfade.distill.schedule import alpha_at, fade_progress, kd_weight_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import data_order, latest_step
@@ -10,7 +11,10 @@ from hyperfade.distill.teacher import teacher_of, unshare_
 
 __all__ = [
     "Allocation",
+    "Fault",
+    "Halving",
     "LayerFit",
+    "Rollback",
     "Share",
     "StepReport",
     "Summary",
@@ -24,6 +28,8 @@ __all__ = [
     "kd_weight_at",
     "latest_step",
     "learning_rate_factor",
+    "read_faults",
+    "read_steps",
     "teacher_of",
     "total_steps",
     "unshare_",
