@@ -25,7 +25,7 @@ from hyperfade.measure import machine
 from hyperfade.recipe import Recipe
 from hyperfade.workspace import write_json
 
-HANGS_SECONDS = 600
+HANGS_SECONDS = 3600
 
 
 def recipe_for(output: Path, steps: int, checkpoint_every: int) -> Recipe:
@@ -67,7 +67,11 @@ def progress(work: Path) -> int:
 
 def finish(process: subprocess.Popen[str]) -> None:
     """Wait for a run that nobody disturbs."""
-    _, errors = process.communicate(timeout=HANGS_SECONDS)
+    try:
+        _, errors = process.communicate(timeout=HANGS_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     if process.returncode:
         raise SystemExit(f"The run failed:\n{errors}")
 

@@ -6,6 +6,7 @@ Every stage leaves its result in the output folder and is skipped where it is th
 an interrupted run. Rivals of the recipe go through the same stages with the same data and budget.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,14 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
-from hyperfade.data import Collator, Source, named_when_slow, open_source
+from hyperfade.data import Collator, Source, fingerprint, named_when_slow, open_source
 from hyperfade.distill import (
     Allocation,
+    CachedTeacher,
     LayerFit,
     StepReport,
     allocate,
     answers_only,
+    autocast_dtype,
+    cache_teacher,
+    digest,
     distill_,
+    drawn_examples,
     fit_,
     latest_step,
     read_faults,
@@ -181,7 +187,8 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     the_plan = plan(student, allocation.replace if allocation else variant.replace)
     for line in plan_lines(the_plan):
         say(f"[{variant.name}] {line}")
-    teacher = teacher_of(student)
+    dense_parameters = num_parameters(student)
+    teacher = _teacher(variant, student, task, say)
     student.requires_grad_(False)
     swap_(student, the_plan)
     layers = fit_(student, the_plan, batches, variant.fit, variant.work / "fit", _fit_line(variant, say))
@@ -222,7 +229,7 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         },
         "reload_bit_equal": bit_equal,
         "ffn_params_ratio": allocation.params_ratio if allocation else the_plan.ffn_params_ratio,
-        "params_ratio": num_parameters(student) / num_parameters(teacher),
+        "params_ratio": num_parameters(student) / dense_parameters,
         "kept_dense": [list(pair) for pair in the_plan.kept],
         "allocation": allocation and allocation.to_dict(),
     }
@@ -242,6 +249,37 @@ def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]]
     for line in allocation_lines(found.to_dict()):
         say(f"[{variant.name}] {line}")
     return found
+
+
+def _teacher(variant: Variant, model: Any, task: Task, say: Say) -> nn.Module | CachedTeacher:
+    """A twin of the dense `model`, or its answers on disk, of which missing ones are computed now."""
+    train, num_examples = variant.train, len(task.source)
+    if train.teacher == "live" or not train.kd_weight:
+        return teacher_of(model)
+    folder = train.teacher_folder or task.recipe.output / "teacher"
+    say(f"[{variant.name}] the teacher's answers are kept in {folder}")
+    unrelated = ("_name_or_path", "transformers_version")
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in unrelated}
+    depends_on = {
+        "model": digest(model.state_dict()),
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "data": fingerprint(task.source),
+        "batch": digest(task.training_batch(range(min(2, num_examples)))),  # the processor shows in it
+        "attention": task.recipe.attention,
+    }
+    count = total_steps(train) * train.accumulation * train.batch_size
+    return cache_teacher(
+        model,
+        drawn_examples(num_examples, task.recipe.seed, count),
+        task.training_batch,
+        folder,
+        depends_on,
+        top_k=train.teacher_top_k,
+        temperature=train.temperature,
+        batch_size=train.batch_size,
+        autocast_dtype=autocast_dtype(model, train),
+        on_part=lambda done, total: say(f"[{variant.name}] teacher: {done} of {total} examples answered"),
+    )
 
 
 def _calibration(variant: Variant, task: Task) -> list[dict[str, Tensor]]:

@@ -248,6 +248,15 @@ class Train(_Section):
     kd_weight: Number = Field(default=0.9, ge=0, le=1, description="λ: share of the teacher's KL against cross-entropy")
     kd_ramp: bool = Field(default=False, description="let λ grow with α instead of starting at its full value")
     temperature: Number = Field(default=2.0, gt=0, description="T of the softened distributions in the KL")
+    teacher: Literal["live", "cached"] = Field(
+        default="live", description="cached: the teacher answers every example once, before the training"
+    )
+    teacher_top_k: int = Field(
+        default=32, ge=1, description="with a cached teacher: likeliest tokens kept per answer token, beside their rest"
+    )
+    teacher_folder: Path | None = Field(
+        default=None, description="with a cached teacher: where its answers lie, for several recipes [default: output]"
+    )
     reconstruction_weight: Number = Field(
         default=0.0, ge=0, description="μ: weight of the layers' output error while fading"
     )
@@ -327,6 +336,13 @@ class Recipe(_Section):
                 )
             if fit.method != "calibrated" and replaced.budget is not None:
                 raise ValueError(f"{prefix}replace.budget measures on what only {prefix}fit.method calibrated gathers")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_by_number(self) -> Self:
+        trains = [self.train, *(rival.train for rival in self.rivals.values() if rival.train)]
+        if self.data.on_bad_sample == "skip" and any(train.teacher == "cached" for train in trains):
+            raise ValueError("train.teacher cached goes by example number: it needs data.on_bad_sample error")
         return self
 
     @model_validator(mode="after")

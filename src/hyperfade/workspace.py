@@ -6,6 +6,7 @@ output/
   results.json       everything measured
   answers/           every model's answers, for paired comparisons
   report.md  plots/  the same for people
+  teacher/           a cached teacher's answers
   work/              what an interrupted run continues from, and metrics.jsonl
   rivals/NAME/       model/ and work/ of every rival
 """

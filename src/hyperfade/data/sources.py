@@ -10,6 +10,7 @@ its third hour. Only positions are kept in memory: `source[i]` reads row `i` aga
 the pixels (`examples.open_image`), so broken ones show up then.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,26 @@ def open_source(spec: str, *, needs_images: bool = False, on_bad: Literal["error
     if not usable:
         raise DataError(f"{spec}: there are no usable examples among {number_of_rows} rows.", ROW_HINT)
     return Source(name, usable, read, tuple(skipped))
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of what a source's examples say and show. Of an image file path, size and time of change count, not its
+    pixels."""
+    found = hashlib.sha256()
+    for example in source:
+        found.update(json.dumps([example.messages, example.references]).encode())
+        for image in example.images:
+            if isinstance(image, bytes):
+                found.update(image)
+            elif isinstance(image, Path):
+                try:
+                    stat = image.stat()
+                except OSError as error:
+                    raise DataError(f"{example.where}: image {image} cannot be read: {error}.", _GONE) from error
+                found.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode())
+            else:
+                found.update(image.tobytes())
+    return found.hexdigest()
 
 
 def _checks(readers: Iterable[Callable[[], Example]], needs_images: bool) -> Iterator[DataError | None]:

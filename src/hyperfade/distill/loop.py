@@ -18,11 +18,12 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
+from hyperfade.distill.cached import CachedTeacher
 from hyperfade.distill.journal import Fault, Halving, Journal, Rollback, StepReport
 from hyperfade.distill.recovery import LASTING, MAX_ROLLBACKS, not_finite, outdated, spike, state_before
 from hyperfade.distill.schedule import alpha_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import data_order, load_state, remove_state, save_state, saved_steps
-from hyperfade.distill.step import BatchOf, Objective, gradients_
+from hyperfade.distill.step import BatchOf, Objective, autocast_dtype, gradients_
 from hyperfade.errors import TrainingError
 from hyperfade.nn import BlendLinear, light_modules
 from hyperfade.processes import copy_from_first_, is_first, join, wait
@@ -41,7 +42,7 @@ class Summary:
 
 def distill_(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | CachedTeacher,
     num_examples: int,
     batch_of: BatchOf,
     train: Train,
@@ -53,10 +54,11 @@ def distill_(
 ) -> Summary:
     """Train `student` (swapped, maybe fitted, at any α) until only its light branches are left.
 
-    batch_of turns example numbers into a training batch with labels. folder: states and metrics.jsonl go there; a newer
-    state in it is continued from. Parameters with requires_grad outside the light layers train at the dense rate.
-    What trains is float32 meanwhile, under autocast where the rest of the model is not. Several processes call this
-    alike, with one folder that all of them can read; `train.batch_size` is the batch of all together.
+    teacher: the untouched model, or its cached answers. batch_of turns example numbers into a training batch with
+    labels. folder: states and metrics.jsonl go there; a newer state in it is continued from. Parameters with
+    requires_grad outside the light layers train at the dense rate. What trains is float32 meanwhile, under autocast
+    where the rest of the model is not. Several processes call this alike, with one folder that all of them can read;
+    `train.batch_size` is the batch of all together.
 
     A loss that is not finite, or a spike, sends the run back to an earlier state with half the learning rate
     (`recovery.py`); where memory runs out, micro-batches are taken in twice as many parts from then on. Raises
@@ -74,9 +76,7 @@ def distill_(
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
     dtypes = _to_float32_(student)
-    half = next((dtype for dtype in (p.dtype for p in student.parameters()) if dtype != torch.float32), None)
-    autocast_dtype = torch.bfloat16 if train.mixed_precision == "bf16" else half
-    objective = Objective(student, teacher, batch_of, train, seed, autocast_dtype)
+    objective = Objective(student, teacher, batch_of, train, seed, autocast_dtype(student, train))
     optimizer, peaks = _optimizer(student, train)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     states, steps = saved_steps(folder), total_steps(train)

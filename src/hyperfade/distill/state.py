@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ def data_order(num_examples: int, seed: int, first: int) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         yield from torch.randperm(num_examples, generator=generator).tolist()[offset:]
         epoch, offset = epoch + 1, 0
+
+
+def drawn_examples(num_examples: int, seed: int, count: int) -> set[int]:
+    """Which examples the first `count` places of the data order draw."""
+    return set(range(num_examples)) if count >= num_examples else set(islice(data_order(num_examples, seed, 0), count))
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.data.collate import IGNORED
+from hyperfade.distill.cached import CachedTeacher
 from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
 from hyperfade.distill.schedule import kd_weight_at
 from hyperfade.distill.state import seed_step
@@ -29,7 +30,7 @@ BatchOf = Callable[[Sequence[int]], Batch]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, on what. autocast_dtype None: no autocast."""
+    """What is minimised, on what. teacher: a model, or its cached answers. autocast_dtype None: no autocast."""
 
     student: Any
     teacher: Any
@@ -37,6 +38,12 @@ class Objective:
     train: Train
     seed: int
     autocast_dtype: torch.dtype | None
+
+
+def autocast_dtype(model: nn.Module, train: Train) -> torch.dtype | None:
+    """What forward passes run in: bfloat16 where the recipe says so, else what of the model is not float32, or None."""
+    half = next((p.dtype for p in model.parameters() if p.dtype != torch.float32), None)
+    return torch.bfloat16 if train.mixed_precision == "bf16" else half
 
 
 def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: int) -> Tensor | None:
@@ -92,7 +99,9 @@ def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTe
     with autocast:
         logits, targets = answer_logits(objective.student(**inputs).logits, labels)
     kl = torch.zeros((), device=logits.device)
-    if train.kd_weight:
+    if train.kd_weight and isinstance(objective.teacher, CachedTeacher):
+        kl = objective.teacher.kl(numbers, logits, targets)
+    elif train.kd_weight:
         with torch.no_grad(), autocast:
             wanted, _ = answer_logits(objective.teacher(**inputs).logits, labels)
         kl = kl_divergence(logits, wanted, train.temperature)
