@@ -39,7 +39,7 @@ from hyperfade.distill import (
     total_steps,
     unshare_,
 )
-from hyperfade.errors import DataError, NothingMatchedError, PlanError
+from hyperfade.errors import DataError, FitError, NothingMatchedError, PlanError
 from hyperfade.hub import (
     card,
     load,
@@ -68,6 +68,7 @@ from hyperfade.measure import (
     num_parameters,
     write_answers,
 )
+from hyperfade.processes import is_first, join, share_of, wait
 from hyperfade.recipe import Fit, Recipe, Train
 from hyperfade.report import allocation_lines, fault_text, plan_lines, read_metrics, write_report
 from hyperfade.surgery import blends, join_readers_, plan, swap_
@@ -125,21 +126,35 @@ class Task:
         raise DataError(f"No sample of {self.source.name} can be used.", "Mend the data; the report lists the reasons.")
 
     def calibration_batches(self, fit: Fit) -> list[dict[str, Tensor]]:
-        """Batches of a seeded sample of training examples."""
+        """Batches of a seeded sample of training examples; of several processes, this one's share of them."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         chosen = torch.randperm(len(self.source), generator=generator)[: fit.samples].tolist()
-        return [self.training_batch(chosen[i : i + fit.batch_size]) for i in range(0, len(chosen), fit.batch_size)]
+        batches = [chosen[i : i + fit.batch_size] for i in range(0, len(chosen), fit.batch_size)]
+        if len(batches) < join().num_processes:
+            raise FitError(
+                f"fit.samples {fit.samples} in batches of {fit.batch_size} are {len(batches)} calibration batches for "
+                f"{join().num_processes} processes.",
+                "Lower fit.batch_size, or raise fit.samples.",
+            )
+        return [self.training_batch(batch) for batch in share_of(batches)]
 
 
 def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """Carry out `recipe`; returns what results.json holds. `say` gets one line at a time.
 
+    Several processes call it alike, with an output folder that all of them see: the first writes, speaks and measures;
+    the others return an empty dictionary once the models are trained.
     Raises a `HyperfadeError` that names the cause; what was finished stays, and the same call goes on from there.
     """
     task = _checked(recipe)
-    continued = open_output(recipe)
+    if not is_first():
+        say = _silent
+    continued = open_output(recipe) if is_first() else True
+    wait()
     say(f"{'Continuing' if continued else 'Compressing'} {recipe.model} → {recipe.output}")
     built = {variant.name: _build(variant, task, say) for variant in variants(recipe)}
+    if not is_first():
+        return {}
     results = _measure(task, built, say)
     write_json(recipe.output / "results.json", results)
     for variant in variants(recipe):
@@ -148,6 +163,10 @@ def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     say(f"Model: {recipe.output / 'model'}")
     say(f"Results: {recipe.output / 'results.json'}, for reading: {recipe.output / 'report.md'}")
     return results
+
+
+def _silent(line: str) -> None:
+    """What the other processes say: nothing."""
 
 
 def _checked(recipe: Recipe) -> Task:
@@ -173,7 +192,7 @@ def _checked(recipe: Recipe) -> Task:
 
 
 def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
-    """Make one variant's checkpoint; returns facts about how it was made."""
+    """Make one variant's checkpoint; returns facts about how it was made (in the first process)."""
     facts_file = variant.work / "built.json"
     if facts_file.exists() and variant.model.exists():
         say(f"[{variant.name}] finished earlier: {variant.model}")
@@ -209,6 +228,8 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         on_step=_training_line(variant.name, train, say),
         on_fault=lambda fault: say(f"[{variant.name}] {fault_text(asdict(fault))}"),
     )
+    if not is_first():
+        return {}
     if train.lora_rank:
         merge_lora_(student)
     join_readers_(student)  # as loading does: in bfloat16 the joint products round differently
@@ -244,7 +265,10 @@ def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]]
     file = variant.work / "allocation.json"
     if not file.exists():
         say(f"[{variant.name}] measuring what errors of every FFN cost, on {variant.fit.samples} training samples")
-        write_json(file, allocate(student, variant.replace, batches, variant.fit.ridge).to_dict())
+        measured = allocate(student, variant.replace, batches, variant.fit.ridge)
+        if is_first():
+            write_json(file, measured.to_dict())
+    wait()
     found = Allocation.from_dict(read_json(file))
     for line in allocation_lines(found.to_dict()):
         say(f"[{variant.name}] {line}")

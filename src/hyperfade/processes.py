@@ -49,6 +49,10 @@ def sum_(tensors: Sequence[Tensor]) -> None:
     """
     if join().num_processes == 1 or not tensors:
         return
+    if len(tensors) == 1 and tensors[0].is_contiguous() and tensors[0].device.type == join().device.type:
+        with _named():
+            distributed.all_reduce(tensors[0].detach())  # large ones come alone, and need no copy
+        return
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(join().device)
     with _named():
         distributed.all_reduce(flat)

@@ -114,6 +114,7 @@ def cache_teacher(
     wait()
     cached = CachedTeacher(folder, temperature)
     missing = sorted({number for number in numbers if number not in cached})
+    wait()  # all have seen the same files, so they agree on what is missing
     mine = share_of(missing)
     was_training = teacher.training
     teacher.eval()
