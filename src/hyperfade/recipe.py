@@ -42,7 +42,7 @@ def _free_name(value: str) -> str:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number_in_text)]
+Number = Annotated[float, BeforeValidator(_number_in_text), Field(allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_free_name)]
 Kind = Literal[
     "products",
@@ -361,16 +361,13 @@ class Recipe(_Section):
         if not path.suffix and not path.is_file():
             path = SHIPPED_RECIPES / f"{source}.yaml"
         try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # no text, or no name a file can have
             shipped = ", ".join(sorted(p.stem for p in SHIPPED_RECIPES.glob("*.yaml")))
             raise RecipeError(
                 f"Cannot read recipe {str(source)!r}: {error}", f"Give a YAML file or one of: {shipped}."
             ) from error
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f"{path} is not YAML: {' '.join(str(error).split())}", "Check indentation and colons there."
-            ) from error
+        fields = read_yaml(text, str(path))
         return cls.parse({} if fields is None else fields, where=str(path))
 
     @classmethod
@@ -378,6 +375,8 @@ class Recipe(_Section):
         """A checked recipe from nested dictionaries; `where` names their origin in errors."""
         try:
             return cls.model_validate(fields)
+        except RecursionError as error:
+            raise RecipeError(f"{where} contains itself, or is nested too deeply.", "Write it flat.") from error
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the top level"
@@ -391,6 +390,16 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The complete recipe, defaults included, as YAML that `load` reads back."""
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The value that YAML `text` describes; raises `RecipeError` that begins with `where`."""
+    try:
+        return yaml.safe_load(text)
+    # besides its own errors, PyYAML lets through what the makers of dates and numbers raise at 2026-13-41 or `!!int x`
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{where} is not YAML: {reason}", "Check indentation, colons and brackets there.") from error
 
 
 def describe() -> list[str]:

@@ -168,8 +168,8 @@ def _line_places(path: Path) -> list[tuple[int, int]]:
                 if line.strip():
                     places.append((offset, number))
                 offset += len(line)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.", SPEC_HINT) from error
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+        raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.", SPEC_HINT) from error
     return places
 
 
