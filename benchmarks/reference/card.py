@@ -87,15 +87,14 @@ it. It is a measuring instrument, not a product.
 
     make reference    # fetches the packages, makes data and model in runs/reference; the training below is not repeated
 
-`adapter.safetensors` is what training added: the projector, and LoRA of rank {training["rank"]} on every linear of both
-towers, in int8. It was made in {training["projector_steps"]} steps of the projector and {training["steps"]} of all,
-{training["batch"]} samples each, on {training["examples"]:,} examples (`train.py`, seed {training["seed"]}), and is
-rounded before it is merged, so that everyone gets the same model.
+`adapter.safetensors` is what training added: the projector, and LoRA on every linear of both towers, of rank
+{training["rank"]} in the language model and {training["vision_rank"]} in the vision tower, in int8. `train.py` (seed
+{training["seed"]}) made it in {training["seeing_steps"]} steps of {training["seeing_batch"]} images for the vision
+tower alone, {training["projector_steps"]} for the projector and {training["steps"]} of {training["batch"]}
+conversations for all, of {training["examples"]:,} there are. It is rounded before it is merged, so that everyone gets
+the same model.
 
 ## Quality
-
-It is under-trained: an hour on two busy cores taught it shapes and a part of the questions, hardly a caption, and no
-reading. `train.py --start adapter.safetensors` goes on from here; until then it cannot tell compression methods apart.
 
 Greedy answers to test examples: no test image, nor a near-duplicate of one, was trained on.
 
@@ -128,10 +127,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=UNTRAINED.with_name("data"), help="folder with test.jsonl")
     parser.add_argument("--per-kind", type=int, default=2, help="sample pictures of every kind")
     parser.add_argument("--limit", type=int, help="measure on a seeded sample of so many examples")
-    parser.add_argument("--again", action="store_true", help="measure even where the results file is there")
+    parser.add_argument("--again", action="store_true", help="measure even where the results file is of this adapter")
     args = parser.parse_args()
     data = str(args.data / "test.jsonl")
-    if args.again or not RESULTS.exists():
+    if args.again or not RESULTS.exists() or read_json(RESULTS)["training"] != kept_facts(ADAPTER):
         write_json(RESULTS, measure(args.model, data, args.per_kind, args.limit))
     found = read_json(RESULTS)
     draw_samples(found, data, SAMPLES)

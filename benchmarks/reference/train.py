@@ -36,6 +36,7 @@ from hyperfade.data import Collator, open_source
 from hyperfade.distill import answers_only, distill_
 from hyperfade.distill.loop import StepReport
 from hyperfade.hub import load, load_processor
+from hyperfade.processes import is_first
 from hyperfade.recipe import Train
 from hyperfade.surgery import region_of
 
@@ -70,24 +71,13 @@ def train_only_(model: nn.Module, regions: Sequence[str]) -> None:
                 part.requires_grad_(True)
 
 
-def alike(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """The numbers of the examples in groups of `size` of nearly the same length, so that little is padded.
-
-    Inside a length the order is chance's; up to `size` - 1 of the longest are left out.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    order.sort(key=lambda number: lengths[number])
-    return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-
-
 def progress(name: str, steps: int, every: int) -> Callable[[StepReport], None]:
     """Prints a line every so many steps: loss and what time is left, by the pace of this process."""
     began, losses = time.perf_counter(), []
 
     def line(report: StepReport) -> None:
         losses.append(report.loss)
-        if report.step % every and report.step != steps:
+        if not is_first() or (report.step % every and report.step != steps):
             return
         pace = (time.perf_counter() - began) / len(losses)
         recent = losses[-every:]
@@ -110,6 +100,7 @@ class Stage:
     batch_of: Callable[[Sequence[int]], dict[str, Tensor]]
     batch_size: int
     accumulation: int = 1
+    length_of: Callable[[int], int] | None = None
 
 
 def run_(student: Any, stage: Stage, args: argparse.Namespace, seed: int) -> None:
@@ -132,7 +123,17 @@ def run_(student: Any, stage: Stage, args: argparse.Namespace, seed: int) -> Non
 
     folder, line = args.output / stage.name, progress(stage.name, stage.steps, args.log_every)
     # with kd_weight 0 a teacher is never called
-    distill_(student, student, stage.count, placed, recipe, seed=seed, folder=folder, on_step=line)
+    distill_(
+        student,
+        student,
+        stage.count,
+        placed,
+        recipe,
+        seed=seed,
+        folder=folder,
+        on_step=line,
+        length_of=stage.length_of,
+    )
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -145,18 +146,21 @@ def train(args: argparse.Namespace) -> Path:
     processor = load_processor(str(args.model))
     source = open_source(str(args.train), needs_images=True)
     collator = Collator(processor, max_tokens=MAX_TOKENS)
-    together = alike([len(example.messages) for example in source], args.alike, args.seed)
 
     def conversations(numbers: Sequence[int]) -> dict[str, Tensor]:
-        return answers_only(collator.training_batch([source[i] for number in numbers for i in together[number]]))
+        return answers_only(collator.training_batch([source[number] for number in numbers]))
+
+    def num_messages(number: int) -> int:
+        return len(source[number].messages)
 
     def of_answers(name: str, steps: int) -> Stage:
-        return Stage(name, steps, len(together), conversations, 1, args.batch // args.alike)
+        accumulation = args.batch // args.at_once
+        return Stage(name, steps, len(source), conversations, args.at_once, accumulation, num_messages)
 
     torch.manual_seed(args.seed)
     add_lora_(model, args.rank, args.vision_rank)
-    if args.start is not None:
-        restore_(model, args.start)
+    if args.adapter is not None:
+        restore_(model, args.adapter)
     if args.seeing_steps:
         examples = Examples(args.train, args.cache, processor, args.seed)
         print(f"{len(examples):,} pictures and texts, {len(examples.words):,} words", flush=True)
@@ -170,11 +174,12 @@ def train(args: argparse.Namespace) -> Path:
     train_only_(model, ["vision", "language"])
     run_(model, of_answers("all", args.steps), args, args.seed + 2)
     path = args.output / "adapter.safetensors"
-    left_out = ("model", "output", "cache", "checkpoint_every", "log_every", "train", "start")
+    left_out = ("model", "output", "cache", "checkpoint_every", "log_every", "train", "adapter")
     facts: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in left_out}
-    if args.start is not None:
-        facts["start"] = kept_facts(args.start)
-    pack(model, path, base, facts | {"examples": len(source)})
+    if args.adapter is not None:
+        facts["adapter"] = kept_facts(args.adapter)
+    if is_first():
+        pack(model, path, base, facts | {"examples": len(source)})
     return path
 
 
@@ -187,14 +192,14 @@ def main() -> None:
     add("--train", type=Path, required=True, help="train.jsonl that data.py wrote")
     add("--cache", type=Path, default=CACHE, help="folder of the unpacked packages, for their fonts")
     add("--model", type=Path, default=UNTRAINED, help="folder that assemble.py wrote")
-    add("--start", type=Path, help="adapter to train on from; its ranks have to be these")
+    add("--adapter", type=Path, help="adapter to train on from; its ranks have to be these")
     add("--output", type=Path, default=OUTPUT, help="folder for states, metrics, adapter and finished model")
     add("--seeing-steps", type=int, default=900, help="steps of stage 1, vision tower and projector, without answers")
     add("--seeing-batch", type=int, default=64, help="images a step of stage 1")
     add("--projector-steps", type=int, default=40, help="steps of stage 2, projector alone")
     add("--steps", type=int, default=700, help="steps of stage 3, projector and all LoRA")
     add("--batch", type=int, default=32, help="conversations a step of stages 2 and 3")
-    add("--alike", type=int, default=16, help="of these conversations, so many at once, equally long")
+    add("--at-once", type=int, default=16, help="of these conversations, so many in a forward pass, of like length")
     add("--rank", type=int, default=3, help="rank of LoRA in the language model")
     add("--vision-rank", type=int, default=10, help="rank of LoRA in the vision tower")
     add("--learning-rate", type=float, default=1.5e-3, help="peak learning rate of every stage")
@@ -204,6 +209,8 @@ def main() -> None:
     add("--seed", type=int, default=0, help="seed of data order and LoRA")
     args = parser.parse_args()
     adapter = train(args)
+    if not is_first():
+        return
     build(args.model, adapter, args.output / "model")
     print(json.dumps({"adapter": str(adapter), "bytes": adapter.stat().st_size, "model": str(args.output / "model")}))
 

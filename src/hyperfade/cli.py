@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from hyperfade.errors import DataError, HyperfadeError, RecipeError
 
@@ -71,11 +70,15 @@ def compress(
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
     changes: SetOption = None,
 ) -> None:
-    """Compress a model: fit, fade, polish, save, measure. Run it again to continue after an interruption."""
+    """Compress a model: fit, fade, polish, save, measure. Run it again to continue after an interruption.
+
+    For several GPUs: torchrun --nproc-per-node GPUS -m hyperfade compress ..."""
     from hyperfade import pipeline
+    from hyperfade.processes import leave
 
     direct = {"model": model, "output": output, "seed": seed}
     pipeline.compress(_recipe(recipe, changes, {k: v for k, v in direct.items() if v is not None}), _say)
+    leave()
 
 
 @app.command()
@@ -285,7 +288,7 @@ def recipe(
 
 def _recipe(source: str, changes: list[str] | None, direct: dict[str, Any] | None = None) -> Any:
     """The recipe with --set changes and direct options applied."""
-    from hyperfade.recipe import Recipe
+    from hyperfade.recipe import Recipe, read_yaml
 
     loaded = Recipe.load(source)
     fields = loaded.model_dump()
@@ -301,12 +304,7 @@ def _recipe(source: str, changes: list[str] | None, direct: dict[str, Any] | Non
             raise RecipeError(
                 f"--set {change}: there is no section {'.'.join(path)!r}.", "Write --set section.key=value."
             )
-        try:
-            section[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f"--set {change}: {text!r} is not a YAML value.", "Write --set section.key=value; quote brackets."
-            ) from error
+        section[last] = read_yaml(text, f"--set {change}: {text!r}")
     return Recipe.parse({**fields, **(direct or {})}, where=source)
 
 

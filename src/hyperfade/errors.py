@@ -60,3 +60,7 @@ class MissingLibraryError(HyperfadeError):
 
 class TrainingError(HyperfadeError):
     """The distillation cannot go on (a loss that is not finite, say); the last checkpoint is intact."""
+
+
+class ProcessError(HyperfadeError):
+    """A process that works on the same run has gone."""

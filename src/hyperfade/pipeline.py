@@ -6,6 +6,7 @@ Every stage leaves its result in the output folder and is skipped where it is th
 an interrupted run. Rivals of the recipe go through the same stages with the same data and budget.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,21 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
-from hyperfade.data import Collator, Source, open_source
+from hyperfade.data import Collator, Source, fingerprint, named_when_slow, open_source
 from hyperfade.distill import (
     Allocation,
+    Batches,
+    CachedTeacher,
     LayerFit,
     StepReport,
     allocate,
     answers_only,
+    autocast_dtype,
+    cache_teacher,
+    digest,
     distill_,
     fit_,
     latest_step,
+    read_faults,
     teacher_of,
     total_steps,
     unshare_,
 )
-from hyperfade.errors import DataError, NothingMatchedError, PlanError
+from hyperfade.errors import DataError, FitError, NothingMatchedError, PlanError
 from hyperfade.hub import (
     card,
     load,
@@ -61,8 +68,9 @@ from hyperfade.measure import (
     num_parameters,
     write_answers,
 )
+from hyperfade.processes import is_first, join, share_of, wait
 from hyperfade.recipe import Fit, Recipe, Train
-from hyperfade.report import allocation_lines, plan_lines, read_metrics, write_report
+from hyperfade.report import allocation_lines, fault_text, plan_lines, read_metrics, write_report
 from hyperfade.surgery import blends, join_readers_, plan, swap_
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
@@ -110,28 +118,51 @@ class Task:
         """The batch of these examples; where all of them are bad and may be skipped, of the next ones."""
         for shift in range(len(self.source)):
             try:
-                return collate([self.source[(i + shift) % len(self.source)] for i in numbers])
+                with named_when_slow():
+                    return collate([self.source[(i + shift) % len(self.source)] for i in numbers])
             except DataError:
                 if self.recipe.data.on_bad_sample == "error":
                     raise
         raise DataError(f"No sample of {self.source.name} can be used.", "Mend the data; the report lists the reasons.")
 
+    def length_of(self, train: Train) -> Callable[[int], int] | None:
+        """How long an example is, in characters, where batches shall be of like length."""
+
+        def characters(number: int) -> int:
+            return sum(len(str(message["content"])) for message in self.source[number].messages)
+
+        return characters if train.group_by_length else None
+
     def calibration_batches(self, fit: Fit) -> list[dict[str, Tensor]]:
-        """Batches of a seeded sample of training examples."""
+        """Batches of a seeded sample of training examples; of several processes, this one's share of them."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         chosen = torch.randperm(len(self.source), generator=generator)[: fit.samples].tolist()
-        return [self.training_batch(chosen[i : i + fit.batch_size]) for i in range(0, len(chosen), fit.batch_size)]
+        batches = [chosen[i : i + fit.batch_size] for i in range(0, len(chosen), fit.batch_size)]
+        if len(batches) < join().num_processes:
+            raise FitError(
+                f"fit.samples {fit.samples} in batches of {fit.batch_size} are {len(batches)} calibration batches for "
+                f"{join().num_processes} processes.",
+                "Lower fit.batch_size, or raise fit.samples.",
+            )
+        return [self.training_batch(batch) for batch in share_of(batches)]
 
 
 def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """Carry out `recipe`; returns what results.json holds. `say` gets one line at a time.
 
+    Several processes call it alike, with an output folder that all of them see: the first writes, speaks and measures;
+    the others return an empty dictionary once the models are trained.
     Raises a `HyperfadeError` that names the cause; what was finished stays, and the same call goes on from there.
     """
     task = _checked(recipe)
-    continued = open_output(recipe)
+    if not is_first():
+        say = _silent
+    continued = open_output(recipe) if is_first() else True
+    wait()
     say(f"{'Continuing' if continued else 'Compressing'} {recipe.model} → {recipe.output}")
     built = {variant.name: _build(variant, task, say) for variant in variants(recipe)}
+    if not is_first():
+        return {}
     results = _measure(task, built, say)
     write_json(recipe.output / "results.json", results)
     for variant in variants(recipe):
@@ -140,6 +171,10 @@ def compress(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     say(f"Model: {recipe.output / 'model'}")
     say(f"Results: {recipe.output / 'results.json'}, for reading: {recipe.output / 'report.md'}")
     return results
+
+
+def _silent(line: str) -> None:
+    """What the other processes say: nothing."""
 
 
 def _checked(recipe: Recipe) -> Task:
@@ -165,7 +200,7 @@ def _checked(recipe: Recipe) -> Task:
 
 
 def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
-    """Make one variant's checkpoint; returns facts about how it was made."""
+    """Make one variant's checkpoint; returns facts about how it was made (in the first process)."""
     facts_file = variant.work / "built.json"
     if facts_file.exists() and variant.model.exists():
         say(f"[{variant.name}] finished earlier: {variant.model}")
@@ -179,7 +214,8 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     the_plan = plan(student, allocation.replace if allocation else variant.replace)
     for line in plan_lines(the_plan):
         say(f"[{variant.name}] {line}")
-    teacher = teacher_of(student)
+    dense_parameters = num_parameters(student)
+    teacher = _teacher(variant, student, task, say)
     student.requires_grad_(False)
     swap_(student, the_plan)
     layers = fit_(student, the_plan, batches, variant.fit, variant.work / "fit", _fit_line(variant, say))
@@ -198,7 +234,11 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         seed=recipe.seed,
         folder=variant.work,
         on_step=_training_line(variant.name, train, say),
+        on_fault=lambda fault: say(f"[{variant.name}] {fault_text(asdict(fault))}"),
+        length_of=task.length_of(train),
     )
+    if not is_first():
+        return {}
     if train.lora_rank:
         merge_lora_(student)
     join_readers_(student)  # as loading does: in bfloat16 the joint products round differently
@@ -212,10 +252,14 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     facts = {
         "layers": [asdict(layer) for layer in layers],
         "fit_seconds": sum(layer.seconds for layer in layers),
-        "training": {"steps": total_steps(train), "seconds": sum(m["seconds"] for m in read_metrics(variant.work))},
+        "training": {
+            "steps": total_steps(train),
+            "seconds": sum(m["seconds"] for m in read_metrics(variant.work)),
+            "faults": [asdict(fault) for fault in read_faults(variant.work / "metrics.jsonl")],
+        },
         "reload_bit_equal": bit_equal,
         "ffn_params_ratio": allocation.params_ratio if allocation else the_plan.ffn_params_ratio,
-        "params_ratio": num_parameters(student) / num_parameters(teacher),
+        "params_ratio": num_parameters(student) / dense_parameters,
         "kept_dense": [list(pair) for pair in the_plan.kept],
         "allocation": allocation and allocation.to_dict(),
     }
@@ -230,11 +274,45 @@ def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]]
     file = variant.work / "allocation.json"
     if not file.exists():
         say(f"[{variant.name}] measuring what errors of every FFN cost, on {variant.fit.samples} training samples")
-        write_json(file, allocate(student, variant.replace, batches, variant.fit.ridge).to_dict())
+        measured = allocate(student, variant.replace, batches, variant.fit.ridge)
+        if is_first():
+            write_json(file, measured.to_dict())
+    wait()
     found = Allocation.from_dict(read_json(file))
     for line in allocation_lines(found.to_dict()):
         say(f"[{variant.name}] {line}")
     return found
+
+
+def _teacher(variant: Variant, model: Any, task: Task, say: Say) -> nn.Module | CachedTeacher:
+    """A twin of the dense `model`, or its answers on disk, of which missing ones are computed now."""
+    train, num_examples = variant.train, len(task.source)
+    if train.teacher == "live" or not train.kd_weight:
+        return teacher_of(model)
+    folder = train.teacher_folder or task.recipe.output / "teacher"
+    say(f"[{variant.name}] the teacher's answers are kept in {folder}")
+    unrelated = ("_name_or_path", "transformers_version")
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in unrelated}
+    depends_on = {
+        "model": digest(model.state_dict()),
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "data": fingerprint(task.source),
+        "batch": digest(task.training_batch(range(min(2, num_examples)))),  # the processor shows in it
+        "attention": task.recipe.attention,
+    }
+    batches = Batches(num_examples, train.batch_size, task.recipe.seed, task.length_of(train))
+    return cache_teacher(
+        model,
+        batches.drawn(total_steps(train) * train.accumulation),
+        task.training_batch,
+        folder,
+        depends_on,
+        top_k=train.teacher_top_k,
+        temperature=train.temperature,
+        batch_size=train.batch_size,
+        autocast_dtype=autocast_dtype(model, train),
+        on_part=lambda done, total: say(f"[{variant.name}] teacher: {done} of {total} examples answered"),
+    )
 
 
 def _calibration(variant: Variant, task: Task) -> list[dict[str, Tensor]]:

@@ -42,7 +42,7 @@ def _free_name(value: str) -> str:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number_in_text)]
+Number = Annotated[float, BeforeValidator(_number_in_text), Field(allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_free_name)]
 Kind = Literal[
     "products",
@@ -231,6 +231,9 @@ class Train(_Section):
     )
     batch_size: int = Field(default=32, ge=1, description="samples per forward pass")
     accumulation: int = Field(default=1, ge=1, description="forward passes per optimizer step")
+    group_by_length: bool = Field(
+        default=False, description="batches of examples of like length, so that little is padded"
+    )
     learning_rate: Number = Field(default=2e-4, gt=0, description="peak learning rate of the hypercomplex weights")
     dense_learning_rate: Number = Field(default=1e-4, gt=0, description="peak learning rate of train_also and LoRA")
     weight_decay: Number = Field(default=0.0, ge=0, description="AdamW weight decay")
@@ -238,10 +241,25 @@ class Train(_Section):
         default=0.1, ge=0, le=1, description="share of the steps with a rising learning rate"
     )
     clip_norm: Number = Field(default=1.0, gt=0, description="gradient norm limit")
+    spike_factor: Number | None = Field(
+        default=3.0,
+        gt=1,
+        description="a spike is five polish losses in a row above so many times the highest of the twenty before: the"
+        " run goes back to a state from before it, with half the step; null never",
+    )
     label_smoothing: Number = Field(default=0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
     kd_weight: Number = Field(default=0.9, ge=0, le=1, description="λ: share of the teacher's KL against cross-entropy")
     kd_ramp: bool = Field(default=False, description="let λ grow with α instead of starting at its full value")
     temperature: Number = Field(default=2.0, gt=0, description="T of the softened distributions in the KL")
+    teacher: Literal["live", "cached"] = Field(
+        default="live", description="cached: the teacher answers every example once, before the training"
+    )
+    teacher_top_k: int = Field(
+        default=32, ge=1, description="with a cached teacher: likeliest tokens kept per answer token, beside their rest"
+    )
+    teacher_folder: Path | None = Field(
+        default=None, description="with a cached teacher: where its answers lie, for several recipes [default: output]"
+    )
     reconstruction_weight: Number = Field(
         default=0.0, ge=0, description="μ: weight of the layers' output error while fading"
     )
@@ -324,6 +342,13 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _cached_by_number(self) -> Self:
+        trains = [self.train, *(rival.train for rival in self.rivals.values() if rival.train)]
+        if self.data.on_bad_sample == "skip" and any(train.teacher == "cached" for train in trains):
+            raise ValueError("train.teacher cached goes by example number: it needs data.on_bad_sample error")
+        return self
+
+    @model_validator(mode="after")
     def _trainable_dtype(self) -> Self:
         if self.dtype == "float16":
             raise ValueError("dtype float16 cannot train without loss scaling: take bfloat16, and save_dtype: float16")
@@ -339,16 +364,13 @@ class Recipe(_Section):
         if not path.suffix and not path.is_file():
             path = SHIPPED_RECIPES / f"{source}.yaml"
         try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # no text, or no name a file can have
             shipped = ", ".join(sorted(p.stem for p in SHIPPED_RECIPES.glob("*.yaml")))
             raise RecipeError(
                 f"Cannot read recipe {str(source)!r}: {error}", f"Give a YAML file or one of: {shipped}."
             ) from error
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f"{path} is not YAML: {' '.join(str(error).split())}", "Check indentation and colons there."
-            ) from error
+        fields = read_yaml(text, str(path))
         return cls.parse({} if fields is None else fields, where=str(path))
 
     @classmethod
@@ -356,6 +378,8 @@ class Recipe(_Section):
         """A checked recipe from nested dictionaries; `where` names their origin in errors."""
         try:
             return cls.model_validate(fields)
+        except RecursionError as error:
+            raise RecipeError(f"{where} contains itself, or is nested too deeply.", "Write it flat.") from error
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the top level"
@@ -369,6 +393,16 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The complete recipe, defaults included, as YAML that `load` reads back."""
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The value that YAML `text` describes; raises `RecipeError` that begins with `where`."""
+    try:
+        return yaml.safe_load(text)
+    # besides its own errors, PyYAML lets through what the makers of dates and numbers raise at 2026-13-41 or `!!int x`
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{where} is not YAML: {reason}", "Check indentation, colons and brackets there.") from error
 
 
 def describe() -> list[str]:

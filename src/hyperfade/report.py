@@ -124,6 +124,9 @@ def _page(results: dict[str, Any]) -> str:
     allocations = "".join(
         _allocation_table(name, entry["allocation"]) for name, entry in entries.items() if entry.get("allocation")
     )
+    faults = "".join(
+        f"- {name}: {fault_text(f)}\n" for name, entry in entries.items() for f in entry["training"].get("faults", ())
+    )
     skipped = "\n".join(f"- {where}: {reason}" for where, reason in results["skipped"]) or "None."
     return f"""# {results["recipe"]["model"]}, compressed
 
@@ -143,6 +146,7 @@ def _page(results: dict[str, Any]) -> str:
 |---|---|---|---|
 {times}
 
+{faults}
 ## The fit, matrix by matrix
 
 Relative output error before any training, beside whitened low-rank of the same size.
@@ -201,14 +205,22 @@ def _quality_table(task: str, models: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fault_text(fault: dict[str, Any]) -> str:
+    """A fault of the training and what was done about it, in one sentence."""
+    if "back_to" in fault:
+        return f"{fault['fault']} in step {fault['step']}: back to step {fault['back_to']}, with half the step"
+    return f"{fault['fault']} in step {fault['step']}: every batch in {fault['parts']} parts from then on"
+
+
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
 def read_metrics(work: Path) -> list[dict[str, float]]:
-    """The lines of a work folder's metrics.jsonl, one per optimizer step; empty where nothing was trained."""
+    """The steps in a work folder's metrics.jsonl; empty where nothing was trained."""
     file = work / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return [line for line in lines if "fault" not in line]
 
 
 def _figure(width: float, height: float, columns: int = 1) -> Any:
@@ -225,9 +237,7 @@ def _plot_training(metrics: dict[str, list[dict[str, float]]], path: Path) -> No
     terms = {"cross_entropy": "cross-entropy", "kl": "KL to the teacher", "reconstruction": "reconstruction"}
     for axes, (name, steps) in zip(panels, metrics.items(), strict=True):
         for color, (key, label) in zip(_COLORS, terms.items(), strict=False):
-            measured = [
-                m for m in steps if m[key]
-            ]  # a term that took no part, like reconstruction after the fade, is 0
+            measured = [m for m in steps if m[key]]  # a term that takes no part, as after the fade, is 0
             if measured:
                 at, values = [m["step"] for m in measured], [m[key] for m in measured]
                 axes.plot(at, values, color=color, alpha=0.25, linewidth=1)

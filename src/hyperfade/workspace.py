@@ -6,6 +6,7 @@ output/
   results.json       everything measured
   answers/           every model's answers, for paired comparisons
   report.md  plots/  the same for people
+  teacher/           a cached teacher's answers
   work/              what an interrupted run continues from, and metrics.jsonl
   rivals/NAME/       model/ and work/ of every rival
 """
@@ -75,7 +76,7 @@ def open_output(recipe: Recipe) -> bool:
             return True
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RECIPE).write_text(text, encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name a folder can have, or a recipe.yaml that is no text
         raise OutputError(f"Cannot write {folder}: {error}.", "Choose another --output.") from error
     return False
 
@@ -89,5 +90,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read JSON that `write_json` wrote. Raises `OutputError` that names the file where it is no longer that."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{path} cannot be read: {error}.", "Delete that file, and run the command again.") from error

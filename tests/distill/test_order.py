@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import chain, islice, pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,17 @@ def test_grouped_batches_are_shuffled_and_pad_little() -> None:
     assert padded(grouped) < 1.1  # observed 1.06
     longest = [max(lengths[n] for n in grouped[number]) for number in range(16)]
     assert longest != sorted(longest)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_is_drawn_holds_all_that_the_batches_give(grouped: bool) -> None:
+    batches = Batches(500, 3, 0, (lambda number: number) if grouped else None)
+    for count in (0, 1, 5, 16, 17, 40, 400):
+        given = set(chain(*(batches[number] for number in range(count))))
+        assert batches.drawn(count) == (
+            given if not grouped or count % 16 == 0 else batches.drawn(-(-count // 16) * 16)
+        )
+        assert given <= batches.drawn(count)
 
 
 def test_only_lengths_of_the_window_are_asked_for() -> None:

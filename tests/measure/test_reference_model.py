@@ -108,16 +108,6 @@ def test_each_tower_has_its_own_rank_and_a_stage_trains_what_it_names(model: Any
         assert all("lora" in n or "projector" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_alike_examples_are_together_and_each_is_there_once() -> None:
-    lengths = [1, 4, 1, 2, 1, 4, 2, 1, 1, 3]
-    groups = train.alike(lengths, 3, seed=0)
-    assert len(groups) == 3
-    numbers = [number for group in groups for number in group]
-    assert len(set(numbers)) == 9
-    assert [lengths[number] for number in numbers] == sorted(lengths)[:9]
-    assert train.alike(lengths, 3, seed=1) != groups
-
-
 def test_patches_say_which_letters_they_hold_from_left_to_right() -> None:
     letters = [seeing.Letter("b", 16, 3), seeing.Letter("a", 15, 13.9), seeing.Letter("0", 111.9, 115)]
     first = seeing.CHARACTERS.index
@@ -301,7 +291,7 @@ def test_a_run_continues_and_ends_in_a_model(
 
     def run(folder: Path) -> None:
         options = {"--model": tmp_path / "untrained", "--output": folder, "--train": train_file, "--batch": 2}
-        options |= {"--cache": tmp_path, "--alike": 1, "--seeing-steps": 2, "--seeing-batch": 4}
+        options |= {"--cache": tmp_path, "--at-once": 1, "--seeing-steps": 2, "--seeing-batch": 4}
         options |= {"--projector-steps": 2, "--steps": 3, "--checkpoint-every": 1}
         monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in options.items() for word in pair)])
         train.main()

@@ -1,6 +1,7 @@
 """Second moments of layer inputs, and the two numerical tools every fit shares."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ class SecondMoment:
         tokens = in_float64(inputs).reshape(-1, inputs.shape[-1]).to(self._sum.device)
         self._sum.addmm_(tokens.T, tokens)
         self.num_tokens += tokens.shape[0]
+
+    def merge_(self, sum_: Callable[[Sequence[Tensor]], None]) -> None:
+        """Add what other processes have gathered: `sum_` replaces tensors by their sums over processes."""
+        tokens = torch.tensor([float(self.num_tokens)], dtype=torch.float64)
+        sum_([self._sum])
+        sum_([tokens])
+        self.num_tokens = round(tokens.item())
 
     def mean(self) -> Tensor:
         """C (features, features), float64. Takes the accumulator's memory: the object is empty afterwards."""

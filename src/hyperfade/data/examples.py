@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from hyperfade.data.watch import reading
 from hyperfade.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -128,6 +129,7 @@ def open_image(image: ImageRef, where: str) -> Image.Image:
     Raises `DataError` that starts with `where` if the file is missing, truncated or no image.
     """
     name = str(image) if isinstance(image, Path) else "an embedded image"
+    reading(f"{where}, image {name}")
     try:
         if isinstance(image, Image.Image):
             opened = image

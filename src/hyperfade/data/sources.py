@@ -10,6 +10,7 @@ its third hour. Only positions are kept in memory: `source[i]` reads row `i` aga
 the pixels (`examples.open_image`), so broken ones show up then.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from typing import Any, Literal
 import easy_vqa
 
 from hyperfade.data.examples import ROW_HINT, Example, Skipped, read_row
+from hyperfade.data.watch import reading
 from hyperfade.errors import DataError
 
 __all__ = ["Example", "Skipped", "Source", "open_source"]
 
 SPEC_HINT = "Give easy-vqa, easy-vqa:train, easy-vqa:test, a .jsonl file, or datasets:NAME_OR_FOLDER[:SPLIT]."
 _ROWS_PER_CHECK = 1000
+_GONE = "Look whether the file was moved, or its disk or network folder has gone; then run the same command again."
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,26 @@ def open_source(spec: str, *, needs_images: bool = False, on_bad: Literal["error
     if not usable:
         raise DataError(f"{spec}: there are no usable examples among {number_of_rows} rows.", ROW_HINT)
     return Source(name, usable, read, tuple(skipped))
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of what a source's examples say and show. Of an image file path, size and time of change count, not its
+    pixels."""
+    found = hashlib.sha256()
+    for example in source:
+        found.update(json.dumps([example.messages, example.references]).encode())
+        for image in example.images:
+            if isinstance(image, bytes):
+                found.update(image)
+            elif isinstance(image, Path):
+                try:
+                    stat = image.stat()
+                except OSError as error:
+                    raise DataError(f"{example.where}: image {image} cannot be read: {error}.", _GONE) from error
+                found.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode())
+            else:
+                found.update(image.tobytes())
+    return found.hexdigest()
 
 
 def _checks(readers: Iterable[Callable[[], Example]], needs_images: bool) -> Iterator[DataError | None]:
@@ -145,17 +168,21 @@ def _line_places(path: Path) -> list[tuple[int, int]]:
                 if line.strip():
                     places.append((offset, number))
                 offset += len(line)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.", SPEC_HINT) from error
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+        raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.", SPEC_HINT) from error
     return places
 
 
 def _read_line(path: Path, places: list[tuple[int, int]], row: int) -> Example:
     offset, number = places[row]
     where = f"{path.name} line {number}"
-    with path.open("rb") as file:
-        file.seek(offset)
-        line = file.readline()
+    reading(f"{where} ({path})")
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
+    except OSError as error:
+        raise DataError(f"{where}: {path} cannot be read any more: {error.strerror or error}.", _GONE) from error
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
@@ -206,7 +233,13 @@ def _load_dataset(place: str, split: str) -> Any:
 
 
 def _read_table_row(table: Any, name: str, folder: Path, row: int) -> Example:
-    return read_row(table[row].to_pylist()[0], f"{name} row {row}", folder)
+    where = f"{name} row {row}"
+    reading(where)
+    try:
+        fields = table[row].to_pylist()[0]
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise DataError(f"{where}: the table cannot be read any more: {error}", _GONE) from error
+    return read_row(fields, where, folder)
 
 
 def _rows_without_pixels(table: Any, name: str, folder: Path) -> Iterator[Callable[[], Example]]:

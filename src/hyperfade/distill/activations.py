@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hyperfade.algebra import SecondMoment, conditioned, ridge_
 from hyperfade.distill.losses import answer_logits
 from hyperfade.errors import FitError
+from hyperfade.processes import join, sum_
 from hyperfade.surgery import region_of
 
 Batch = dict[str, Tensor]
@@ -27,7 +28,8 @@ def second_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float
 ) -> dict[str, Tensor]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
-    `ridge` on the diagonal; padding of the text does not count.
+    `ridge` on the diagonal; padding of the text does not count. Of several processes each gives its own batches, and
+    all get the moments over all of them.
 
     All of them are in memory at a time. Raises `FitError` where a layer is never reached or its inputs are not finite.
     """
@@ -51,9 +53,14 @@ def second_moments(
             mask = batch.get("attention_mask")
             met.clear()
             run(model, batch)
+    if join().num_processes > 1:
+        for name, module in layers.items():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            moments.setdefault(name, SecondMoment(weight.shape[1], weight.device)).merge_(sum_)
     results = {}
     for name in layers:
-        if name not in moments:
+        if name not in moments or not moments[name].num_tokens:
             raise FitError(f"No calibration batch reaches {name}.", "Give calibration data with images and text.")
         try:
             moment = moments[name].mean()
@@ -85,8 +92,9 @@ def run(model: nn.Module, batch: Batch) -> None:
 def sensitivities(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch]) -> dict[str, float]:
     """s of every one of `linears` (by name), in nats per answer token: ½ Σ_tokens ‖g‖² ‖y‖² / k, y without its bias.
 
-    One forward and one backward pass per batch, with no gradients of parameters. Nothing attends to padding, so its g
-    is 0 and it does not count. Raises `FitError` where a matrix is never reached, or there is nothing to answer.
+    Of several processes each gives its own batches. One forward and one backward pass per batch, with no gradients of
+    parameters. Nothing attends to padding, so its g is 0 and it does not count. Raises `FitError` where a matrix is
+    never reached, or there is nothing to answer.
     """
     sums, answers = dict.fromkeys(linears, 0.0), 0
     met: set[str] = set()
@@ -117,8 +125,12 @@ def sensitivities(model: nn.Module, linears: Mapping[str, nn.Linear], batches: S
     finally:
         for handle in handles:
             handle.remove()
-    for name in linears:
-        if name not in met:
+    totals = torch.tensor([answers, *sums.values(), *(name in met for name in linears)], dtype=torch.float64)
+    sum_([totals])
+    answers, reached = totals[0].item(), totals[1 + len(linears) :].tolist()
+    sums = dict(zip(linears, totals[1 : 1 + len(linears)].tolist(), strict=True))
+    for name, processes in zip(linears, reached, strict=True):
+        if not processes:
             raise FitError(f"No calibration batch reaches {name}.", "Give calibration data with images and text.")
         if not math.isfinite(sums[name]):
             raise FitError(f"{name}: its gradients are not finite.", "Check the model's activations in this dtype.")

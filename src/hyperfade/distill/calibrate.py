@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperfade.algebra import LowRankFit, fit, low_rank
 from hyperfade.distill.activations import Batch, input_hooks, run, second_moments
-from hyperfade.errors import FitError
+from hyperfade.errors import CheckpointError, FitError
 from hyperfade.nn import BlendLinear, LowRankLinear, NarrowLinear, PHMLinear
+from hyperfade.processes import is_first
 from hyperfade.recipe import Fit as FitRecipe
 from hyperfade.surgery import (
     FFN,
@@ -70,9 +71,10 @@ def fit_(
     but where FFNs keep a part of their hidden units it ends with those alone.
 
     batches: calibration inputs, keyword arguments of the model's forward (labels are left out). folder: finished FFNs
-    are kept there and taken from there, so an interrupted fit continues. on_layer is called after each matrix. moments:
-    second moments of inputs by matrix, under `prefix: dense` used where they are there and added where they are not,
-    so that several plans for one model and the same batches gather them once.
+    are kept there and taken from there, so an interrupted fit continues. Of several processes each gives its own share
+    of the batches, and all get the same fit. on_layer is called after each matrix. moments: second moments of inputs by
+    matrix, under `prefix: dense` used where they are there and added where they are not, so that several plans for one
+    model and the same batches gather them once.
     Raises `FitError` where an FFN is never reached, activations are not finite, or a part of an FFN's hidden units is
     to be kept and the method gathers no activations that would tell which.
     """
@@ -105,7 +107,7 @@ def fit_(
             fitted, order = _fit_ffn(
                 model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {}
             )
-            if file is not None:
+            if file is not None and is_first():
                 _keep(file, ffn, mine, fitted, order)
         for layer in fitted:
             on_layer(layer)
@@ -246,9 +248,14 @@ def _keep(file: Path, ffn: FFN, mine: dict[str, BlendLinear], fitted: list[Layer
 
 
 def _restore(file: Path, ffn: FFN, mine: dict[str, BlendLinear]) -> list[LayerFit]:
-    with safe_open(file, framework="pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
-        fitted = [LayerFit(**fields) for fields in json.loads(opened.metadata()["fits"])]
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+            fitted = [LayerFit(**fields) for fields in json.loads(opened.metadata()["fits"])]
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} holds no fit of {ffn.name}: {error}.", "Delete that file, and run the command again."
+        ) from error
     order = tensors.pop(_ORDER, None)
     if order is not None:
         permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)

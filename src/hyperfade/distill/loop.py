@@ -1,51 +1,34 @@
 """Fade, then polish: the one training loop.
 
-A step draws its examples by number, sets α, and minimises
-
-    (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction
-
-over the assistant's tokens. When the fade is over the dense branches are dropped and the rest of the steps polish what
-is left. α, λ and the learning rate are pure functions of the optimizer step (`schedule.py`), so a run can stop after
-any checkpoint and continue as if nothing had happened.
+A step draws its examples by number, sets α, and minimises cross-entropy, the KL to the teacher and the reconstruction
+of the layers that fade (`step.py`). When the fade is over the dense branches are dropped and the rest of the steps
+polish what is left. α, λ and the learning rate are pure functions of the optimizer step (`schedule.py`), and what was
+done about faults stands in `metrics.jsonl`, so a run can stop after any state and continue as if nothing had happened.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from torch import Tensor, nn
+from torch import nn
 
-from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
-from hyperfade.distill.schedule import alpha_at, kd_weight_at, learning_rate_factor, total_steps
-from hyperfade.distill.state import data_order, latest_step, load_state, save_state
+from hyperfade.distill.cached import CachedTeacher
+from hyperfade.distill.journal import Fault, Halving, Journal, Rollback, StepReport
+from hyperfade.distill.order import Batches
+from hyperfade.distill.recovery import LASTING, MAX_ROLLBACKS, not_finite, outdated, spike, state_before
+from hyperfade.distill.schedule import alpha_at, learning_rate_factor, total_steps
+from hyperfade.distill.state import load_state, remove_state, save_state, saved_steps
+from hyperfade.distill.step import BatchOf, Objective, autocast_dtype, gradients_
 from hyperfade.errors import TrainingError
 from hyperfade.nn import BlendLinear, light_modules
+from hyperfade.processes import copy_from_first_, is_first, join, wait
 from hyperfade.recipe import Train
 from hyperfade.surgery import blends, drop_dense_
-
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One line of metrics.jsonl. Loss terms are means over the step's micro-batches; seconds are per step."""
-
-    step: int
-    loss: float
-    cross_entropy: float
-    kl: float
-    reconstruction: float
-    alpha: float
-    learning_rate: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -59,77 +42,155 @@ class Summary:
 
 def distill_(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | CachedTeacher,
     num_examples: int,
-    batch_of: Callable[[Sequence[int]], Batch],
+    batch_of: BatchOf,
     train: Train,
     *,
     seed: int,
     folder: Path,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    on_fault: Callable[[Fault], None] = lambda fault: None,
+    length_of: Callable[[int], int] | None = None,
 ) -> Summary:
     """Train `student` (swapped, maybe fitted, at any α) until only its light branches are left.
 
-    batch_of turns example numbers into a training batch with labels. folder: states and metrics.jsonl go there; a newer
-    state in it is continued from. Parameters with requires_grad outside the light layers train at the dense rate.
-    What trains is float32 meanwhile, under autocast where the rest of the model is not. Raises `TrainingError` when the
-    loss is not finite; the last state stays as it is.
+    teacher: the untouched model, or its cached answers. batch_of turns example numbers into a training batch with
+    labels. folder: states and metrics.jsonl go there; a newer state in it is continued from. Parameters with
+    requires_grad outside the light layers train at the dense rate. What trains is float32 meanwhile, under autocast
+    where the rest of the model is not. Several processes call this alike, with one folder that all of them can read;
+    `train.batch_size` is the batch of all together. length_of: an example's length, to put those of like length into
+    one batch.
+
+    A loss that is not finite, or a spike, sends the run back to an earlier state with half the learning rate
+    (`recovery.py`); where memory runs out, micro-batches are taken in twice as many parts from then on. Raises
+    `TrainingError` when that does not help; the last state stays as it is.
     """
     _check_trackers(train)
-    accelerator = Accelerator(mixed_precision="no", log_with=list(train.trackers) or None, project_dir=str(folder))
+    began = time.perf_counter()
+    processes = join()
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(train.trackers) or None,
+        project_dir=str(folder),
+    )
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
     dtypes = _to_float32_(student)
-    half = next((dtype for dtype in (p.dtype for p in student.parameters()) if dtype != torch.float32), None)
-    autocast_dtype = torch.bfloat16 if train.mixed_precision == "bf16" else half
+    objective = Objective(student, teacher, batch_of, train, seed, autocast_dtype(student, train))
     optimizer, peaks = _optimizer(student, train)
-    steps, first = total_steps(train), latest_step(folder)
-    _prepare_branches(student, first, train)
-    if first:
-        load_state(folder, first, student, optimizer)
-    metrics = _open_metrics(folder / "metrics.jsonl", first)
-    # the optimizer stays outside `prepare`: its state is saved by name, and a step of it is a step of the schedule
-    student_forward = accelerator.prepare(student)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    batches = Batches(num_examples, train.batch_size, seed, length_of)
+    states, steps = saved_steps(folder), total_steps(train)
+    first = step = max(states, default=0)
+    wait()  # all have seen the same states
+    journal = Journal(folder / "metrics.jsonl", step, writes=processes.is_main_process)
+    faded = blends(student)
+    _prepare_branches_(student, step, train, faded)
+    if states:
+        load_state(folder, step, student, optimizer)
+    else:
+        copy_from_first_(trained)
+        states = _save(folder, states, 0, student, optimizer)
     student.train()
-    order = data_order(num_examples, seed, first * train.accumulation * train.batch_size)
-    began = time.perf_counter()
-    for step in range(first, steps):
+    while step < steps:
         started = time.perf_counter()
-        _prepare_branches(student, step, train)
+        _prepare_branches_(student, step, train, faded)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * learning_rate_factor(step, train)
-        sums = torch.zeros(4)
-        for _ in range(train.accumulation):
-            batch = batch_of(list(islice(order, train.batch_size)))
-            terms = _losses(student_forward, teacher, batch, train, blends(student).values(), autocast_dtype)
-            loss = terms.total(kd_weight_at(step, train), train.reconstruction_weight)
-            sums += torch.stack([loss, terms.cross_entropy, terms.kl, terms.reconstruction]).detach().cpu()
-            _check_finite("loss", loss, step, folder)
-            accelerator.backward(loss / train.accumulation)
-        trained = [p for g in optimizer.param_groups for p in g["params"]]
-        norm = accelerator.clip_grad_norm_(trained, train.clip_norm)
-        _check_finite("gradient norm", norm, step, folder)
-        optimizer.step()
+            group["lr"] = peak * learning_rate_factor(step, train) * journal.rate
+        drawn = range(step * train.accumulation, (step + 1) * train.accumulation)
+        numbers = [number for micro_batch in drawn for number in batches[micro_batch]]
+        sums = gradients_(objective, numbers, step, journal.parts(step + 1))
+        if sums is None:
+            halving = _halve(train, step + 1, journal.parts(step + 1))
+            optimizer.zero_grad()
+            journal.add(halving)
+            on_fault(halving)
+            continue
+        norm = torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+        fault, taken = not_finite(sums[0].item(), norm.item()), step
+        if not fault:
+            optimizer.step()
+            report = StepReport(
+                step + 1,
+                *sums.tolist(),
+                alpha=alpha_at(step, train),
+                learning_rate=optimizer.param_groups[0]["lr"],
+                seconds=time.perf_counter() - started,
+            )
+            journal.add(report)
+            on_step(report)
+            accelerator.log({k: v for k, v in asdict(report).items() if k != "step"}, step=step + 1)
+            fault, taken = spike(journal.losses, step + 1, train.fade_steps, train.spike_factor), step + 1 - LASTING
         optimizer.zero_grad()
-        report = StepReport(
-            step + 1,
-            *(sums / train.accumulation).tolist(),
-            alpha=alpha_at(step, train),
-            learning_rate=optimizer.param_groups[0]["lr"],
-            seconds=time.perf_counter() - started,
-        )
-        on_step(report)
-        metrics.write(json.dumps(asdict(report)) + "\n")
-        accelerator.log({k: v for k, v in asdict(report).items() if k != "step"}, step=step + 1)
-        if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
-            save_state(folder, step + 1, student, optimizer)
-    metrics.close()
-    _prepare_branches(student, steps, train)
+        if fault:
+            back_to = _state_to_return_to(fault, step + 1, numbers, journal, state_before(states, taken), max(states))
+            rollback = Rollback(fault, step + 1, back_to)
+            states = _forget(folder, states, [state for state in states if state > back_to])
+            journal.go_back(rollback)
+            step = back_to
+            _prepare_branches_(student, step, train, faded)
+            load_state(folder, step, student, optimizer)
+            on_fault(rollback)
+            continue
+        step += 1
+        if step % train.checkpoint_every == 0 or step == steps:
+            states = _save(folder, states, step, student, optimizer)
+            states = _forget(folder, states, outdated(states, step) if step < steps else states[:-1])
+            if states[0] >= train.fade_steps:
+                faded.clear()  # nothing goes back to the fade any more: the dense weights may go
+    journal.close()
+    _prepare_branches_(student, steps, train, {})
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     student.eval()
     return Summary(steps, first, time.perf_counter() - began)
+
+
+def _save(
+    folder: Path, states: list[int], step: int, student: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[int]:
+    """Write the state after `step`; returns all states there are then."""
+    if is_first():
+        save_state(folder, step, student, optimizer)
+    wait()
+    return [*states, step]
+
+
+def _forget(folder: Path, states: list[int], gone: list[int]) -> list[int]:
+    """Remove the states `gone`; returns those that are left."""
+    if is_first():
+        for step in gone:
+            remove_state(folder, step)
+    return [state for state in states if state not in gone]
+
+
+def _halve(train: Train, step: int, parts: int) -> Halving:
+    share = math.ceil(train.batch_size / join().num_processes)
+    if parts >= share:
+        raise TrainingError(
+            f"Memory ran out in step {step} with one example at a time.",
+            "Set train.gradient_checkpointing: true, lower data.max_tokens, or take a larger device.",
+        )
+    return Halving("out of memory", step, min(2 * parts, share))
+
+
+def _state_to_return_to(
+    fault: str, step: int, numbers: list[int], journal: Journal, before: int | None, latest: int
+) -> int:
+    """The state to go on from after `fault` in `step`; raises `TrainingError` where going back is no help."""
+    if before is not None and len(journal.rollbacks) < MAX_ROLLBACKS:
+        return before
+    tried = f"{len(journal.rollbacks)} times with smaller steps" if journal.rollbacks else "and no state is older"
+    drawn = ", ".join(map(str, numbers[:8])) + (" …" if len(numbers) > 8 else "")
+    raise TrainingError(
+        f"The {fault} in step {step}, {tried}; the state after step {latest} is intact.",
+        f"Look at what this step draws (examples {drawn}, counted from 0). Else lower train.learning_rate, or use "
+        "train.mixed_precision: no, in a new output folder.",
+    )
 
 
 def _to_float32_(student: nn.Module) -> dict[nn.Parameter, torch.dtype]:
@@ -153,38 +214,20 @@ def _optimizer(student: nn.Module, train: Train) -> tuple[torch.optim.AdamW, lis
     return optimizer, [peak for _, peak in groups]
 
 
-def _prepare_branches(student: nn.Module, step: int, train: Train) -> None:
-    """Set every α for `step`; once the fade is over, drop the dense branches."""
-    fading = list(blends(student).values())
-    if fading and step >= train.fade_steps:
-        drop_dense_(student)
+def _prepare_branches_(student: nn.Module, step: int, train: Train, faded: dict[str, BlendLinear]) -> None:
+    """Set every α for `step`; once the fade is over, drop the dense branches, and put them back (from `faded`) where a
+    fault has led back into the fade."""
+    fading = blends(student)
+    if step >= train.fade_steps:
+        if fading:
+            drop_dense_(student)
         return
-    for number, blend in enumerate(fading):
+    for name in faded.keys() - fading.keys():
+        student.set_submodule(name, faded[name])
+    fading = blends(student)
+    for number, blend in enumerate(fading.values()):
         blend.alpha = alpha_at(step, train, number, len(fading))
         blend.measure_reconstruction = train.reconstruction_weight > 0
-
-
-def _losses(
-    student: Any,
-    teacher: Any,
-    batch: Batch,
-    train: Train,
-    fading: Iterable[BlendLinear],
-    autocast_dtype: torch.dtype | None,
-) -> LossTerms:
-    labels = batch.pop("labels")
-    # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
-    autocast = torch.autocast(labels.device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None)
-    with autocast:
-        logits, targets = answer_logits(student(**batch).logits, labels)
-    kl = torch.zeros((), device=logits.device)
-    if train.kd_weight:
-        with torch.no_grad(), autocast:
-            wanted, _ = answer_logits(teacher(**batch).logits, labels)
-        kl = kl_divergence(logits, wanted, train.temperature)
-    return LossTerms(
-        cross_entropy(logits, targets, train.label_smoothing), kl, mean_reconstruction(fading, logits.device)
-    )
 
 
 def _check_trackers(train: Train) -> None:
@@ -196,30 +239,3 @@ def _check_trackers(train: Train) -> None:
             f"train.trackers: {', '.join(missing)} is not installed, or unknown to accelerate.",
             f"Install it (pip install {missing[0]}), or leave it out: metrics.jsonl is always written.",
         )
-
-
-def _check_finite(what: str, value: Any, step: int, folder: Path) -> None:
-    if not math.isfinite(value.item()):
-        raise TrainingError(
-            f"The {what} became {value.item()} in step {step + 1}; "
-            f"the state after step {latest_step(folder)} is intact.",
-            "Lower train.learning_rate, or use train.mixed_precision: no, in a new output folder.",
-        )
-
-
-def _open_metrics(path: Path, steps: int) -> Any:
-    """metrics.jsonl, without lines of steps that a resumed run will take again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                fields = json.loads(line)
-            except ValueError:
-                continue  # a line cut short by a kill belongs to a step that runs again
-            if fields["step"] <= steps:
-                kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
-    return path.open("a", encoding="utf-8", buffering=1)

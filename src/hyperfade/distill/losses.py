@@ -69,6 +69,39 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     )
 
 
+def top_k_log_probs(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What is kept of a teacher's float32 logits (tokens, vocabulary): its k likeliest tokens (tokens, k), their
+    log-probabilities at temperature T (tokens, k), and the log of the mass of all others (tokens,).
+
+    k is the vocabulary's size at most; then there are no others, and their log is -inf.
+    """
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    log_probs, tokens = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
+    return tokens, log_probs, _log_rest(log_p, tokens)
+
+
+def truncated_kl(student: Tensor, tokens: Tensor, log_probs: Tensor, log_rest: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher ‖ student) at temperature T, mean over tokens, from what `top_k_log_probs` kept of the teacher:
+
+        KL_K = Σ_{i∈K} p_i log(p_i / q_i) + p_r log(p_r / q_r),    p_r = 1 − Σ_{i∈K} p_i,  q_r = 1 − Σ_{i∈K} q_i
+
+    student: float32 logits (tokens, vocabulary). All tokens outside K count as one. By the log-sum inequality (Cover
+    and Thomas, Elements of Information Theory, theorem 2.7.1) KL_K ≤ KL, and what is lost is p_r · KL(p given not K ‖
+    q given not K). Renormalising over K instead would teach the student to give other tokens nothing: top-k caching is
+    biased (Anshumann et al. 2025, arXiv 2503.16870).
+    """
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    p, q = log_probs, log_q.gather(-1, tokens)
+    if tokens.shape[-1] < student.shape[-1]:
+        p, q = (torch.cat([p, log_rest[:, None]], dim=-1), torch.cat([q, _log_rest(log_q, tokens)[:, None]], dim=-1))
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+def _log_rest(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """log Σ p over all but `tokens`; not as log(1 − Σ p of those), which has no digits left where it is small."""
+    return log_p.scatter(-1, tokens, -torch.inf).logsumexp(dim=-1)
+
+
 def mean_reconstruction(blends: Iterable[BlendLinear], device: torch.device) -> Tensor:
     """Mean over layers of the relative output error that the last forward pass left; 0 where nothing was measured."""
     measured = [blend.reconstruction for blend in blends if blend.reconstruction is not None]

@@ -41,6 +41,13 @@ class Batches:
         window, place = divmod(number, _WINDOW)
         return self._window(window)[place]
 
+    def drawn(self, count: int) -> set[int]:
+        """Which examples the first `count` batches draw; with lengths, the rest of the last 16 are among them."""
+        batches = count if self._length_of is None else -(-count // _WINDOW) * _WINDOW
+        if batches * self._batch_size >= self._num_examples:
+            return set(range(self._num_examples))
+        return set(self._drawn(0, batches * self._batch_size))
+
     def _drawn(self, first: int, count: int) -> list[int]:
         return list(islice(data_order(self._num_examples, self._seed, first), count))
 

@@ -20,7 +20,7 @@ def verify_checkpoint(folder: Path) -> None:
     try:
         if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{config} cannot be read: {error!r}.", AGAIN) from error
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -29,7 +29,7 @@ def verify_checkpoint(folder: Path) -> None:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / Path(name).name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {error!r}.", AGAIN) from error
     verify_safetensors(files)
 

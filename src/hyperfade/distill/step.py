@@ -1,0 +1,131 @@
+"""What one optimizer step computes: the gradients of
+
+    (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction
+
+over the assistant's tokens of its examples. However the examples are divided, over processes and, where memory is
+short, over parts, every part's means are weighted by its answer tokens, so that the sum is the same. (Reconstruction is
+a ratio of whole batches: divided, it is the weighted mean of the parts' ratios.)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperfade.data.collate import IGNORED
+from hyperfade.distill.cached import CachedTeacher
+from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
+from hyperfade.distill.schedule import kd_weight_at
+from hyperfade.distill.state import seed_step
+from hyperfade.processes import join, share_of, sum_
+from hyperfade.recipe import Train
+from hyperfade.surgery import blends
+
+Batch = dict[str, Tensor]
+BatchOf = Callable[[Sequence[int]], Batch]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, on what. teacher: a model, or its cached answers. autocast_dtype None: no autocast."""
+
+    student: Any
+    teacher: Any
+    batch_of: BatchOf
+    train: Train
+    seed: int
+    autocast_dtype: torch.dtype | None
+
+
+def autocast_dtype(model: nn.Module, train: Train) -> torch.dtype | None:
+    """What forward passes run in: bfloat16 where the recipe says so, else what of the model is not float32, or None."""
+    half = next((p.dtype for p in model.parameters() if p.dtype != torch.float32), None)
+    return torch.bfloat16 if train.mixed_precision == "bf16" else half
+
+
+def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: int) -> Tensor | None:
+    """Leave the gradients of `step` (from 0) in what trains; returns loss, cross-entropy, KL and reconstruction (4,).
+
+    numbers: the step's examples, those of all its micro-batches, of all processes. Every micro-batch is taken in
+    `parts` parts. Returns None, with gradients to be thrown away, where memory ran out in some process.
+    """
+    train, size = objective.train, objective.train.batch_size
+    trained = [parameter for parameter in objective.student.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    seed_step(objective.seed, step, join().process_index)
+    sums, exhausted = torch.zeros(4, device=device), False
+    for first in range(0, len(numbers), size):
+        share = share_of(numbers[first : first + size])
+        pieces = [piece for piece in _divided(share, parts) if piece]
+        batches = [objective.batch_of(piece) for piece in pieces]
+        counts = torch.tensor([_num_answer_tokens(batch) for batch in batches], dtype=torch.float64)
+        total = counts.sum()
+        sum_([total])
+        for batch, piece, count in zip(batches, pieces, counts.tolist(), strict=True):
+            if exhausted or not count:
+                continue
+            weight = count / total.item() / train.accumulation
+            try:
+                terms = losses(objective, batch, piece)
+                loss = weight * terms.total(kd_weight_at(step, train), train.reconstruction_weight)
+                loss.backward()
+            except torch.OutOfMemoryError:
+                exhausted = True
+            else:
+                parts_of_it = torch.stack([terms.cross_entropy, terms.kl, terms.reconstruction]).detach()
+                sums += torch.cat([loss.detach()[None], weight * parts_of_it])
+            del batch
+    out_of_memory = torch.tensor([float(exhausted)], device=device)
+    sum_([out_of_memory])
+    if out_of_memory.item():
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return None
+    _sum_gradients_(trained)
+    sum_([sums])
+    return sums.cpu()
+
+
+def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTerms:
+    """The three losses of one batch, means over its answer tokens."""
+    train, dtype = objective.train, objective.autocast_dtype
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
+    autocast = torch.autocast(labels.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    with autocast:
+        logits, targets = answer_logits(objective.student(**inputs).logits, labels)
+    kl = torch.zeros((), device=logits.device)
+    if train.kd_weight and isinstance(objective.teacher, CachedTeacher):
+        kl = objective.teacher.kl(numbers, logits, targets)
+    elif train.kd_weight:
+        with torch.no_grad(), autocast:
+            wanted, _ = answer_logits(objective.teacher(**inputs).logits, labels)
+        kl = kl_divergence(logits, wanted, train.temperature)
+    ce = cross_entropy(logits, targets, train.label_smoothing)
+    return LossTerms(ce, kl, mean_reconstruction(blends(objective.student).values(), logits.device))
+
+
+def _sum_gradients_(trained: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over processes. What no process's examples reach keeps none, as with one process."""
+    if join().num_processes == 1:
+        return
+    reached = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+    sum_([reached])
+    for parameter, processes in zip(trained, reached.tolist(), strict=True):
+        if parameter.grad is None and processes:
+            parameter.grad = torch.zeros_like(parameter)
+    sum_([parameter.grad for parameter in trained if parameter.grad is not None])
+
+
+def _divided(numbers: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Examples, not rows of tensors: what a processor makes of images need not have one row per example."""
+    edges = [len(numbers) * part // parts for part in range(parts + 1)]
+    return [numbers[low:high] for low, high in pairwise(edges)]
+
+
+def _num_answer_tokens(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
