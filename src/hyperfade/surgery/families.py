@@ -46,8 +46,8 @@ PROJECTOR_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("0",), "2"),  # Qwen2-VL's merger: a Sequential
 )
 _PROJECTOR = re.compile(
-    r"(^|\.)((\w+_)?(projector|merger|aligner|resampler|connector|qformer)(_list|_model)?|modality_projection"
-    r"|vision_adapter|(language|vision|visual|image|image_to_text)_projection)(\.|$)"
+    r"(^|\.)((\w+_)?(projector|merger|aligner|resampler|connector|qformer)(s|_list|_model)?|modality_projection"
+    r"|vision_adapter|embed_vision|(language|vision|visual|image|image_to_text)_projection)(\.|$)"
 )
 _OTHER = re.compile(r"(^|\.)((\w+_)?audio(_\w+)?|speech\w*|protein_encoder|vqmodel|generation_\w+|dit|mtp)(\.|$)")
 _VISION = re.compile(
@@ -126,7 +126,7 @@ def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
     modules = dict(model.named_modules())
     found: dict[str, FFN] = {}  # by the matrices they take
     for name, module in modules.items():
-        if _is_none(modules, name):
+        if _is_none(name, module):
             continue
         region = _region(modules, name)
         for children, child in _shapes_in(module, name, region):
@@ -135,16 +135,16 @@ def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
                 fused = features(modules[readers[0]])[1] == 2 * features(modules[writer])[0]
                 found |= dict.fromkeys((*readers, writer), FFN(name, region, readers, writer, fused))
     for name, module in modules.items():
-        single = is_dense(module) and name not in found and not _is_none(modules, name)
+        around = modules[name.rpartition(".")[0]]
+        single = is_dense(module) and name not in found and not _is_none(name, around)
         if single and _region(modules, name) == "projector":
             found[name] = FFN(name, "projector", (), name)
     return tuple(dict.fromkeys(found[name] for name in modules if name in found))
 
 
-def _is_none(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether a module is, or lies inside, what holds no FFN, or is a part of attention."""
-    parent = modules[name.rpartition(".")[0]]
-    return _NO_FFN.search(name) is not None or not _ATTENTION.isdisjoint({*modules[name]._modules, *parent._modules})
+def _is_none(name: str, around: nn.Module) -> bool:
+    """Whether a name tells of what holds no FFN, or the module around the matrices attends."""
+    return _NO_FFN.search(name) is not None or not _ATTENTION.isdisjoint(key for key, _ in around.named_children())
 
 
 def find_experts(model: nn.Module) -> tuple[Experts, ...]:
@@ -166,37 +166,43 @@ def _shapes_in(module: nn.Module, name: str, region: Region) -> Iterator[tuple[t
     """(readers, writer) of every FFN that the module holds, as names relative to it."""
     left = dict(_linears_in(module))
     for readers, writer in SHAPES + (PROJECTOR_SHAPES if region == "projector" else ()):
-        if all(part in left for part in (*readers, writer)) and _fit_together(left, readers, writer):
-            yield readers, writer
-            for part in (*readers, writer):
-                del left[part]
-    if len(left) in (2, 3) and (region == "projector" or _is_mlp(module, name)) and _nothing_else(module, left):
-        *readers, writer = left
-        if _fit_together(left, tuple(readers), writer):
-            yield tuple(readers), writer
+        if all(part in left for part in (*readers, writer)):
+            parts = [left[part] for part in (*readers, writer)]
+            if _fit_together(*(module.get_submodule(part) for part in parts)):
+                yield tuple(parts[:-1]), parts[-1]
+                left = {key: part for key, part in left.items() if part not in parts}
+    if len(left) in (2, 3) and (region == "projector" or _is_mlp(module, name)):
+        parts = list(left.values())
+        linears = [module.get_submodule(part) for part in parts]
+        if _fit_together(*linears) and _nothing_else(module, linears):
+            yield tuple(parts[:-1]), parts[-1]
 
 
-def _linears_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linears among a module's children, and those that are the `dense` of a child (BERT's way)."""
+def _linears_in(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(what it goes by, where it is) of the linears among a module's children, and of those that a child wraps: as
+    `dense` with a norm (BERT's way), or as `linear` with limits (Gemma 4's)."""
     for key, child in module.named_children():
         if is_dense(child):
-            yield key, child
+            yield key, key
         elif is_dense(getattr(child, "dense", None)):
-            yield f"{key}.dense", child.get_submodule("dense")
+            yield f"{key}.dense", f"{key}.dense"
+        elif is_dense(getattr(child, "linear", None)):
+            yield key, f"{key}.linear"
 
 
-def _fit_together(linears: dict[str, nn.Module], readers: tuple[str, ...], writer: str) -> bool:
-    """Whether the writer reads what the readers write: names alone may mean something else elsewhere. One reader may
-    write gate and up at once."""
-    hidden, inputs = features(linears[writer])[0], {features(linears[r])[0] for r in readers}
-    outputs = [features(linears[r])[1] for r in readers]
+def _fit_together(*linears: nn.Module) -> bool:
+    """Whether the last reads what the others write: names alone may mean something else elsewhere. One reader may write
+    gate and up at once."""
+    *readers, writer = linears
+    hidden, inputs = features(writer)[0], {features(reader)[0] for reader in readers}
+    outputs = [features(reader)[1] for reader in readers]
     fused = len(outputs) == 1 and outputs[0] == 2 * hidden
     return len(inputs) == 1 and (fused or all(out == hidden for out in outputs))
 
 
-def _nothing_else(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
+def _nothing_else(module: nn.Module, linears: list[nn.Module]) -> bool:
     """Whether no other matrices stand beside these linears: what lies between them might be more than an activation."""
-    own = {id(p) for linear in linears.values() for p in linear.parameters()}
+    own = {id(p) for linear in linears for p in linear.parameters()}
     return all(p.dim() < 2 or id(p) in own for p in module.parameters())
 
 
