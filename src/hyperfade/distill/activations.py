@@ -89,7 +89,7 @@ def run(model: nn.Module, batch: Batch) -> None:
         model(**{key: value for key, value in batch.items() if key != "labels"})
 
 
-def sensitivities(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch]) -> dict[str, float]:
+def sensitivities(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> dict[str, float]:
     """s of every one of `linears` (by name), in nats per answer token: ½ Σ_tokens ‖g‖² ‖y‖² / k, y without its bias.
 
     Of several processes each gives its own batches. One forward and one backward pass per batch, with no gradients of
@@ -106,7 +106,7 @@ def sensitivities(model: nn.Module, linears: Mapping[str, nn.Linear], batches: S
         sizes = plain.float().square().sum(-1)
 
         def add(gradient: Tensor) -> None:
-            sums[name] += (gradient.float().square().sum(-1) * sizes).sum().item() / (2 * linear.out_features)
+            sums[name] += (gradient.float().square().sum(-1) * sizes).sum().item() / (2 * output.shape[-1])
 
         output = output + start
         output.register_hook(add)

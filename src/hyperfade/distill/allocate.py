@@ -35,7 +35,18 @@ from hyperfade.distill.knapsack import cheapest
 from hyperfade.errors import PlanError
 from hyperfade.nn import LightSpec
 from hyperfade.recipe import Layer, Region, Replace, Rule
-from hyperfade.surgery import FFN, contribution_order, human, kept_errors, kept_units, plan, spec_of
+from hyperfade.surgery import (
+    FFN,
+    Dense,
+    contribution_order,
+    features,
+    human,
+    kept_errors,
+    kept_units,
+    plan,
+    spec_of,
+    weight_of,
+)
 
 _UNITS = 1 << 16  # of the budget's scale: costs are rounded up to one, which 200 matrices notice in the third digit
 _LEVELS = 32  # sizes per matrix, evenly spaced by ratio from an eighth of the budget on
@@ -97,7 +108,7 @@ class _Item:
 
     name: str
     ffn: FFN
-    matrices: dict[str, nn.Linear]
+    matrices: dict[str, Dense]
     measured: str
     reads: str
     narrow: bool
@@ -188,7 +199,7 @@ def _option(item: _Item, share: float) -> _Option | None:
     if item.narrow:
         assert layer.width is not None
         at_start = sum(spec.num_parameters for spec in item.specs(layer).values()) / item.dense_parameters
-        hidden = item.matrices[item.measured].in_features
+        hidden = features(item.matrices[item.measured])[0]
         wanted = layer.model_copy(update={"width": layer.width * share / at_start})
         change = {"width": kept_units(wanted, hidden) / hidden}
     elif layer.fraction is not None:
@@ -254,7 +265,7 @@ def _error_curves(
         readings.setdefault(item.reads, []).append(item)
     linears = {item.measured: item.matrices[item.measured] for item in items}
     curves = {}
-    for names in _chunks({name: 8 * linears[name].in_features ** 2 for name in readings}, _MOMENTS_BYTES):
+    for names in _chunks({name: 8 * features(linears[name])[0] ** 2 for name in readings}, _MOMENTS_BYTES):
         moments = second_moments(model, {name: linears[name] for name in names}, batches, ridge)
         for name in names:
             moment = moments.pop(name)
@@ -264,7 +275,7 @@ def _error_curves(
 
 
 def _curve(item: _Item, moment: Tensor) -> Callable[[_Option], float]:
-    weight = item.matrices[item.measured].weight
+    weight = weight_of(item.matrices[item.measured])
     if item.narrow:
         order = contribution_order(weight, moment)
         errors = kept_errors(weight[:, order], moment[order][:, order]).tolist()
@@ -298,5 +309,5 @@ def _size(item: _Item, option: _Option) -> str:
     if option.spec is None:
         return "dense"
     if item.narrow:
-        return f"{option.spec.in_features} of {item.matrices[item.measured].in_features} units"
+        return f"{option.spec.in_features} of {features(item.matrices[item.measured])[0]} units"
     return option.spec.label

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,7 +22,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from hyperfade.errors import CheckpointError, OutputError
 from hyperfade.hub.integrity import AGAIN, verify_checkpoint
@@ -159,7 +163,8 @@ def skeleton(name: str) -> PreTrainedModel:
     """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory."""
     config = load_config(name)
     with torch.device("meta"), clear_errors(name):
-        model = auto_class(config).from_config(config)
+        chosen = auto_class(config)
+        model = chosen._from_config(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
     compression = getattr(config, "quantization_config", None) or {}
     if compression.get("quant_method") == METHOD:
         install_(model, HyperfadeConfig.from_dict(compression).specs)
@@ -192,8 +197,17 @@ def load_processor(name: str) -> Any:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """AutoModelForImageTextToText where the config has a vision side, else AutoModelForCausalLM."""
-    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+    """AutoModelForImageTextToText where the config has a vision side, AutoModelForCausalLM for language models, else
+    the class of transformers that the config names. Raises `ValueError` where there is none."""
+    if takes_images(config):
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    names = config.architectures or ["no class"]
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"its config names {names[0]} under `architectures`, which is no model of transformers.")
+    return found
 
 
 def takes_images(config: PretrainedConfig) -> bool:

@@ -24,7 +24,7 @@ from hyperfade.hub import fold_
 from hyperfade.measure.footprint import weight_bytes
 from hyperfade.measure.speed import Ratio, speedup, time_alternately
 from hyperfade.nn import LightSpec
-from hyperfade.surgery import FFN, Plan, Swap, matched_low_rank, set_alpha_, swap_
+from hyperfade.surgery import FFN, Plan, Swap, features, matched_low_rank, set_alpha_, swap_
 
 TOKENS = (1, 8, 64, 512, 2048)
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -132,14 +132,15 @@ def distinct_ffns(model: nn.Module, plan: Plan) -> list[tuple[FFN, tuple[Swap, .
 def describe(model: nn.Module, ffn: FFN) -> str:
     """Widths in words, e.g. `2048 → 11008 → 2048, gated`."""
     readers, writer = _linears(model, ffn)
-    widths = [input_width(model, ffn), *([writer.in_features] if readers else []), writer.out_features]
-    return " → ".join(map(str, widths)) + (", gated" if len(readers) == 2 else "")
+    hidden, outputs = features(writer)
+    widths = [input_width(model, ffn), *([hidden] if readers else []), outputs]
+    return " → ".join(map(str, widths)) + (", gated" if ffn.fused or len(readers) == 2 else "")
 
 
 def input_width(model: nn.Module, ffn: FFN) -> int:
     """Features that the FFN reads."""
     readers, writer = _linears(model, ffn)
-    return (readers[0] if readers else writer).in_features
+    return features(readers[0] if readers else writer)[0]
 
 
 def low_rank_swaps(swaps: Iterable[Swap]) -> tuple[Swap, ...]:
@@ -171,22 +172,24 @@ def lone_ffn(model: nn.Module, ffn: FFN, swaps: Sequence[Swap], dtype: torch.dty
     with_parameters = {name for name, module in model.get_submodule(ffn.name).named_modules() if module._parameters}
     if with_parameters == {name.removeprefix(ffn.name).lstrip(".") for name in ffn.linears}:
         return holder.requires_grad_(False).eval()
-    return _Chain([root.get_submodule(name) for name in ffn.readers], root.get_submodule(ffn.writer)).eval()
+    readers = [root.get_submodule(name) for name in ffn.readers]
+    return _Chain(readers, root.get_submodule(ffn.writer), ffn.fused).eval()
 
 
 class _Chain(nn.Module):
-    """Writer after GELU after reader; a second reader is multiplied in."""
+    """Writer after GELU after reader; a second reader, or the second half of a fused one, is multiplied in."""
 
-    def __init__(self, readers: list[nn.Module], writer: nn.Module) -> None:
+    def __init__(self, readers: list[nn.Module], writer: nn.Module, fused: bool) -> None:
         super().__init__()
-        self.readers, self.writer = nn.ModuleList(readers), writer
+        self.readers, self.writer, self.fused = nn.ModuleList(readers), writer, fused
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.readers:
             return self.writer(x)
-        first, *second = self.readers
-        hidden = F.gelu(first(x))
-        return self.writer(hidden * second[0](x) if second else hidden)
+        read = [reader(x) for reader in self.readers]
+        first, *second = read[0].chunk(2, -1) if self.fused else read
+        hidden = F.gelu(first)
+        return self.writer(hidden * second[0] if second else hidden)
 
 
 @torch.no_grad()
@@ -243,8 +246,5 @@ def time_layers(
     }
 
 
-def _linears(model: nn.Module, ffn: FFN) -> tuple[list[nn.Linear], nn.Linear]:
-    readers = [model.get_submodule(name) for name in ffn.readers]
-    writer = model.get_submodule(ffn.writer)
-    assert isinstance(writer, nn.Linear)
-    return [r for r in readers if isinstance(r, nn.Linear)], writer
+def _linears(model: nn.Module, ffn: FFN) -> tuple[list[nn.Module], nn.Module]:
+    return [model.get_submodule(name) for name in ffn.readers], model.get_submodule(ffn.writer)

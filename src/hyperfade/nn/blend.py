@@ -27,6 +27,16 @@ class BlendLinear(nn.Module):
         self.reconstruction: Tensor | None = None
 
     @property
+    def in_features(self) -> int:
+        """Features read: some models look."""
+        return self.dense.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Features written."""
+        return self.dense.out_features
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight: Hugging Face code reads its dtype and device."""
         return self.dense.weight

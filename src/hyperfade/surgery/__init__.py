@@ -8,18 +8,31 @@ from hyperfade.surgery.basis import (
     pruned_error,
     refitted_writer,
 )
-from hyperfade.surgery.families import FFN, find_ffns, region_of
+from hyperfade.surgery.families import (
+    FFN,
+    Dense,
+    Experts,
+    features,
+    find_experts,
+    find_ffns,
+    region_of,
+    weight_of,
+)
 from hyperfade.surgery.plan import Plan, Swap, human, kept_units, matched_low_rank, plan, spec_of
 from hyperfade.surgery.swap import blends, drop_dense_, install_, join_readers_, set_alpha_, swap_
 
 __all__ = [
     "FFN",
+    "Dense",
+    "Experts",
     "Plan",
     "Swap",
     "blends",
     "contribution_order",
     "drop_dense_",
     "energy_order",
+    "features",
+    "find_experts",
     "find_ffns",
     "human",
     "install_",
@@ -35,4 +48,5 @@ __all__ = [
     "set_alpha_",
     "spec_of",
     "swap_",
+    "weight_of",
 ]

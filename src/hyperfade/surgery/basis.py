@@ -37,13 +37,14 @@ def permute_hidden_(linears: dict[str, nn.Linear], ffn: FFN, order: Tensor) -> N
 
     Its parameters become new tensors: a teacher keeps the old ones.
     """
+    writer = linears[ffn.writer]
+    rows = torch.cat([order, order + writer.in_features]) if ffn.fused else order
     for name in ffn.readers:
         reader = linears[name]
-        reader.weight = _frozen(reader.weight[order])
-        reader.out_features = len(order)
+        reader.weight = _frozen(reader.weight[rows])
+        reader.out_features = len(rows)
         if reader.bias is not None:
-            reader.bias = _frozen(reader.bias[order])
-    writer = linears[ffn.writer]
+            reader.bias = _frozen(reader.bias[rows])
     writer.weight = _frozen(writer.weight[:, order])
     writer.in_features = len(order)
 

@@ -1,55 +1,89 @@
 """Where a model's feed-forward networks are.
 
-Model families differ in what they call things, not in what an FFN is: one or two linears that read the hidden state
-(`gate`, `up`) and one that writes it back (`down`). Each row of `SHAPES` names them as found in one group of families,
-relative to the module that holds them. The region of an FFN follows from the names on its path.
+Model families differ in what they call things, not in what an FFN is: linears that read the hidden state (`gate` and
+`up`, `fc1`, or both in one as `gate_up`) and one that writes it back (`down`, `fc2`). Two rules find them, both on the
+children of one module: names in use (`SHAPES`), and for other names two or three linears that fit together inside a
+module that is called an MLP and holds no other matrices. What lies inside attention, or heads a vision tower, is none.
+A projector may also be a single matrix: there every linear counts that is in no FFN.
+
+The region of an FFN follows from the names on its path, and where these say nothing, from what the model around it
+takes: pixels make a vision tower.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hyperfade.recipe import Region
+
+Dense = nn.Linear | Conv1D
+"""A dense matrix with its bias. `Conv1D` (GPT-2) is a linear that stores its weight transposed."""
 
 # (linears that read the FFN's input, linear that writes its output), relative to the holding module
 SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Qwen, Gemma, Mistral; Qwen2.5-VL's vision tower
-    (("fc1",), "fc2"),  # CLIP, SigLIP, OPT, BLIP-2's and Qwen2-VL's vision towers
+    (("gate_up_proj",), "down_proj"),  # GLM, Phi-3: gate and up in one matrix
+    (("up_proj",), "down_proj"),  # Nemotron
+    (("fc1",), "fc2"),  # CLIP, SigLIP, BART, OPT, BLIP-2's and Qwen2-VL's vision towers
     (("linear_fc1",), "linear_fc2"),  # Qwen3-VL's vision tower
     (("wi_0", "wi_1"), "wo"),  # T5 v1.1
-    (("w1", "w3"), "w2"),  # InternLM2
-    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
-    (("intermediate.dense",), "output.dense"),  # BERT, Q-Former
+    (("wi",), "wo"),  # T5
+    (("w1", "w3"), "w2"),  # InternLM2, LFM2
+    (("c_fc",), "c_proj"),  # GPT-2
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon, Persimmon
+    (("lin1",), "lin2"),  # SAM
+    (("linear1",), "linear2"),  # PyTorch's own transformer layers
+    (("intermediate.dense",), "output.dense"),  # BERT, ViT, Q-Former
     (("intermediate_query.dense",), "output_query.dense"),  # BLIP-2's Q-Former
 )
 PROJECTOR_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("linear_1",), "linear_2"),  # LLaVA
+    (("merge_linear_1",), "merge_linear_2"),  # MiniMax
     (("0",), "2"),  # Qwen2-VL's merger: a Sequential
-    ((), "linear"),  # PaliGemma
-    ((), "proj"),  # Idefics3 and SmolVLM
 )
-SINGLE_PROJECTORS = ("language_projection", "multi_modal_projector", "mm_projector")  # an nn.Linear themselves (BLIP-2)
-
 _PROJECTOR = re.compile(
-    r"(^|\.)(multi_modal_projector|mm_projector|connector|modality_projection|merger|deepstack_merger_list|qformer"
-    r"|language_projection)(\.|$)"
+    r"(^|\.)((\w+_)?(projector|merger|aligner|resampler|connector|qformer)(s|_list|_model)?|modality_projection"
+    r"|vision_adapter|embed_vision|(language|vision|visual|image|image_to_text)_projection)(\.|$)"
 )
-_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|vision_embed_tokens)(\.|$)")
-_POOLING_HEAD = re.compile(r"(^|\.)head(\.|$)")  # SigLIP's attention pooling: not on a VLM's path
+_OTHER = re.compile(r"(^|\.)((\w+_)?audio(_\w+)?|speech\w*|protein_encoder|vqmodel|generation_\w+|dit|mtp)(\.|$)")
+_VISION = re.compile(
+    r"(^|\.)((\w+_)?(vision|image|video|sam)_(tower|model|encoder|backbone)|visual|vision_embed_tokens|vit)(\.|$)"
+)
+_LANGUAGE = re.compile(r"(^|\.)(language_model|text_model|text_decoder|decoder|lm)(\.|$)")
+_NO_FFN = re.compile(  # head: SigLIP's attention pooling
+    r"(^|\.)(\w*(attn|attention)|head|lm_head|cls|\w*embeddings|\w*router|\w*gate)(\.|$)", re.IGNORECASE
+)
+_ATTENTION = {
+    "q_proj",
+    "k_proj",
+    "query",
+    "key",
+    "to_q",
+    "to_kv",
+    "q",
+    "k",
+    "qkv",
+}  # children of attention, however named
+_MLP = re.compile(r"mlp|ffn|feed_?forward|dense_?relu_?dense", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class FFN:
     """One feed-forward network: `readers` see its input (gate and up, or fc1), `writer` makes its output (down, fc2).
 
-    All are full module names of `nn.Linear` modules; a single linear (some projectors) is a writer without readers.
+    All are full module names of `Dense` modules; a single linear (some projectors) is a writer without readers.
+    fused: the one reader holds gate and up, the gate's rows first.
     """
 
     name: str
     region: Region
     readers: tuple[str, ...]
     writer: str
+    fused: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -57,33 +91,146 @@ class FFN:
         return (*self.readers, self.writer)
 
 
+@dataclass(frozen=True)
+class Experts:
+    """FFNs of one shape, stored together: parameters `tensors` (experts, …, …) of the module `name`."""
+
+    name: str
+    region: Region
+    tensors: tuple[str, ...]
+    number: int
+
+
+def is_dense(module: nn.Module | None) -> bool:
+    """Whether a module is a `Dense` itself: a subclass is someone else's, its weight may not be what it seems."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of a `Dense`."""
+    if isinstance(linear, Conv1D):
+        return int(linear.nx), int(linear.nf)
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight (out, in) of a `Dense`, sharing its storage."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
 def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
-    """Every FFN of `model` that has one of the known shapes, in module order."""
+    """Every FFN of `model`, in module order."""
+    modules = dict(model.named_modules())
+    found: dict[str, FFN] = {}  # by the matrices they take
+    for name, module in modules.items():
+        if _is_none(name, module):
+            continue
+        region = _region(modules, name)
+        for children, child in _shapes_in(module, name, region):
+            readers, writer = tuple(_join(name, reader) for reader in children), _join(name, child)
+            if not found.keys() & {*readers, writer}:
+                fused = features(modules[readers[0]])[1] == 2 * features(modules[writer])[0]
+                found |= dict.fromkeys((*readers, writer), FFN(name, region, readers, writer, fused))
+    for name, module in modules.items():
+        around = modules[name.rpartition(".")[0]]
+        single = is_dense(module) and name not in found and not _is_none(name, around)
+        if single and _region(modules, name) == "projector":
+            found[name] = FFN(name, "projector", (), name)
+    return tuple(dict.fromkeys(found[name] for name in modules if name in found))
+
+
+def _is_none(name: str, around: nn.Module) -> bool:
+    """Whether a name tells of what holds no FFN, or the module around the matrices attends."""
+    return _NO_FFN.search(name) is not None or not _ATTENTION.isdisjoint(key for key, _ in around.named_children())
+
+
+def find_experts(model: nn.Module) -> tuple[Experts, ...]:
+    """Every module of `model` that holds the matrices of many FFNs in tensors of three dimensions, in module order."""
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        region = region_of(name)
-        if _POOLING_HEAD.search(name):
-            continue
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in SINGLE_PROJECTORS:
-            found.append(FFN(name, "projector", (), name))
-            continue
-        for readers, writer in SHAPES + (PROJECTOR_SHAPES if region == "projector" else ()):
-            names = [f"{name}.{child}" if name else child for child in (*readers, writer)]
-            if all(type(modules.get(full)) is nn.Linear for full in names) and _fit_together(modules, names):
-                found.append(FFN(name, region, tuple(names[:-1]), names[-1]))
-                break
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() == 3 and _MATRIX.search(key)}
+        counts = {len(p) for p in own.values()}
+        if len(own) >= 2 and len(counts) == 1:
+            found.append(Experts(name, _region(modules, name), tuple(own), counts.pop()))
     return tuple(found)
 
 
-def _fit_together(modules: dict[str, nn.Module], names: list[str]) -> bool:
-    """Whether the writer (last) reads what the readers write: names alone may mean something else elsewhere."""
-    *readers, writer = (modules[name] for name in names)
-    return all(r.out_features == writer.in_features for r in readers)
+_MATRIX = re.compile(r"(gate|up|down|w\d|wi|wo|fc\d)(_|$)")
+
+
+def _shapes_in(module: nn.Module, name: str, region: Region) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(readers, writer) of every FFN that the module holds, as names relative to it."""
+    left = dict(_linears_in(module))
+    for readers, writer in SHAPES + (PROJECTOR_SHAPES if region == "projector" else ()):
+        if all(part in left for part in (*readers, writer)):
+            parts = [left[part] for part in (*readers, writer)]
+            if _fit_together(*(module.get_submodule(part) for part in parts)):
+                yield tuple(parts[:-1]), parts[-1]
+                left = {key: part for key, part in left.items() if part not in parts}
+    if len(left) in (2, 3) and (region == "projector" or _is_mlp(module, name)):
+        parts = list(left.values())
+        linears = [module.get_submodule(part) for part in parts]
+        if _fit_together(*linears) and _nothing_else(module, linears):
+            yield tuple(parts[:-1]), parts[-1]
+
+
+def _linears_in(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(what it goes by, where it is) of the linears among a module's children, and of those that a child wraps: as
+    `dense` with a norm (BERT's way), or as `linear` with limits (Gemma 4's)."""
+    for key, child in module.named_children():
+        if is_dense(child):
+            yield key, key
+        elif is_dense(getattr(child, "dense", None)):
+            yield f"{key}.dense", f"{key}.dense"
+        elif is_dense(getattr(child, "linear", None)):
+            yield key, f"{key}.linear"
+
+
+def _fit_together(*linears: nn.Module) -> bool:
+    """Whether the last reads what the others write: names alone may mean something else elsewhere. One reader may write
+    gate and up at once."""
+    *readers, writer = linears
+    hidden, inputs = features(writer)[0], {features(reader)[0] for reader in readers}
+    outputs = [features(reader)[1] for reader in readers]
+    fused = len(outputs) == 1 and outputs[0] == 2 * hidden
+    return len(inputs) == 1 and (fused or all(out == hidden for out in outputs))
+
+
+def _nothing_else(module: nn.Module, linears: list[nn.Module]) -> bool:
+    """Whether no other matrices stand beside these linears: what lies between them might be more than an activation."""
+    own = {id(p) for linear in linears for p in linear.parameters()}
+    return all(p.dim() < 2 or id(p) in own for p in module.parameters())
+
+
+def _is_mlp(module: nn.Module, name: str) -> bool:
+    return _MLP.search(name.rpartition(".")[2]) is not None or _MLP.search(type(module).__name__) is not None
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name and child else name or child
+
+
+def _region(modules: dict[str, nn.Module], name: str) -> Region:
+    """`region_of`, and for a name that says nothing: vision where the nearest model around it takes images alone."""
+    region = region_of(name)
+    if region != "language" or _LANGUAGE.search(name):
+        return region
+    while not isinstance(modules[name], PreTrainedModel):
+        if not name:
+            return region
+        name = name.rpartition(".")[0]
+    takes = modules[name].input_modalities
+    return "vision" if set((takes,) if isinstance(takes, str) else takes) <= {"image", "video"} else region
 
 
 def region_of(name: str) -> Region:
-    """The region a module name belongs to; what is neither vision nor projector is language."""
+    """The region a module name belongs to; what is neither vision nor projector nor audio is language."""
+    if _OTHER.search(name):
+        return "other"
     if _PROJECTOR.search(name):
         return "projector"
     return "vision" if _VISION.search(name) else "language"

@@ -14,7 +14,7 @@ from hyperfade.algebra import Algebra, rank_for
 from hyperfade.errors import AllExcludedError, NothingMatchedError, PlanError
 from hyperfade.nn import LightSpec
 from hyperfade.recipe import Layer, Recipe, Region, Replace
-from hyperfade.surgery.families import FFN, find_ffns
+from hyperfade.surgery.families import FFN, Dense, features, find_experts, find_ffns, is_dense
 
 _REGIONS: tuple[Region, ...] = ("language", "vision", "projector")
 
@@ -87,9 +87,11 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
     modules = dict(model.named_modules())
     found = find_ffns(model)
     ffns = found + _matched_by_pattern(modules, choice, {name for ffn in found for name in ffn.linears})
+    experts = find_experts(model)
     if not ffns:
+        only = f"but {experts[0].name}, experts stored as one tensor" if experts else "of a known shape"
         raise NothingMatchedError(
-            f"{type(model).__name__} has no feed-forward network of a known shape.",
+            f"{type(model).__name__} has no feed-forward network {only}.",
             "Name its nn.Linear modules with replace.patterns, e.g. patterns: ['*.mlp.*'], and replace.other.",
         )
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -98,7 +100,7 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
     for ffn in ffns:
         for name in ffn.linears:
             linear = modules[name]
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, Dense)
             layer, reason = _choose(choice, ffn, name, linear, ffns)
             if layer is not None and uses[id(linear.weight)] > 1:  # the other user would keep it dense
                 layer, reason = None, "sharing its weight with another module"
@@ -107,6 +109,8 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
             else:
                 swaps.append(Swap(name, ffn.name, ffn.region, spec_of(layer, linear, ffn, name)))
         _check_widths(ffn, swaps)
+    for held in experts:
+        kept += [(f"{held.name}.{key}", f"holding {held.number} experts in one tensor") for key in held.tensors]
     if not swaps:
         regions = ", ".join(sorted({f.region for f in ffns}))
         raise AllExcludedError(
@@ -119,7 +123,11 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
         tuple(f for f in ffns if f.name in names),
         sum(p.numel() for p in model.parameters()),
         tuple(kept),
-        tuple(region for region in _REGIONS if getattr(choice, region) and region not in {f.region for f in ffns}),
+        tuple(
+            region
+            for region in _REGIONS
+            if getattr(choice, region) and region not in {f.region for f in (*ffns, *experts)}
+        ),
     )
 
 
@@ -134,8 +142,8 @@ def _check_globs(choice: Replace, names: list[str]) -> None:
 
 
 def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace, taken: set[str]) -> tuple[FFN, ...]:
-    """Each `nn.Linear` a user's pattern names, as an FFN of its own, unless it is `taken` by a known shape."""
-    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+    """Each linear a user's pattern names, as an FFN of its own, unless it is `taken` by a known shape."""
+    linears = [name for name, module in modules.items() if is_dense(module)]
     found: dict[str, FFN] = {}
     for pattern in choice.patterns:
         names = [name for name in linears if fnmatchcase(name, pattern)]
@@ -149,11 +157,13 @@ def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace, taken: s
     return tuple(found.values())
 
 
-def _choose(choice: Replace, ffn: FFN, name: str, linear: nn.Linear, ffns: tuple[FFN, ...]) -> tuple[Layer | None, str]:
+def _choose(choice: Replace, ffn: FFN, name: str, linear: Dense, ffns: tuple[FFN, ...]) -> tuple[Layer | None, str]:
     """What a matrix becomes, or None with the reason."""
+    if ffn.region == "other" and not any(fnmatchcase(name, pattern) for pattern in choice.patterns):
+        return None, "neither language nor vision nor projector, and named by none of replace.patterns"
     if any(fnmatchcase(name, pattern) for pattern in choice.exclude):
         return None, "excluded"
-    if linear.in_features * linear.out_features < choice.min_weight_elements:
+    if math.prod(features(linear)) < choice.min_weight_elements:
         return None, f"smaller than min_weight_elements={choice.min_weight_elements}"
     layer: Layer | None = getattr(choice, ffn.region)
     reason = f"in region {ffn.region}, which the recipe keeps dense"
@@ -165,13 +175,15 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: nn.Linear, ffns: tuple
     return layer, reason
 
 
-def spec_of(layer: Layer, linear: nn.Linear, ffn: FFN, name: str) -> LightSpec:
+def spec_of(layer: Layer, linear: Dense, ffn: FFN, name: str) -> LightSpec:
     """What `layer` makes of `linear`, the matrix `name` of `ffn`. Raises `PlanError` where that would not shrink it."""
-    d, k, bias = linear.in_features, linear.out_features, linear.bias is not None
-    replaced = None
+    (d, k), bias = features(linear), linear.bias is not None
+    dense, replaced = d * k + (k if bias else 0), None
     if layer.width is not None and ffn.readers:
-        replaced = (d, k)
-        d, k = (kept_units(layer, d, name), k) if name == ffn.writer else (d, kept_units(layer, k, name))
+        replaced, parts = (d, k), 2 if ffn.fused else 1
+        d, k = (
+            (kept_units(layer, d, name), k) if name == ffn.writer else (d, parts * kept_units(layer, k // parts, name))
+        )
     if layer.kind == "dense":
         spec = LightSpec(d, k, bias, None, 0, replaced)
     elif layer.kind == "low_rank":
@@ -181,10 +193,9 @@ def spec_of(layer: Layer, linear: nn.Linear, ffn: FFN, name: str) -> LightSpec:
         algebra = algebra_of(layer)
         algebra.check_features(d, k, where=name)
         spec = LightSpec(d, k, bias, algebra, _companion_rank(layer, algebra, d, k, name), replaced)
-    dense = linear.in_features * linear.out_features + (linear.out_features if bias else 0)
     if spec.num_parameters >= dense:
         raise PlanError(
-            f"{name} {tuple(linear.weight.shape)} would not shrink: {spec.num_parameters:,} parameters as {spec.label},"
+            f"{name} {features(linear)[::-1]} would not shrink: {spec.num_parameters:,} parameters as {spec.label},"
             f" dense {dense:,}.",
             "Use fewer terms or products, a smaller companion_rank or width, or exclude the matrix.",
         )
@@ -225,7 +236,10 @@ def kept_units(layer: Layer, hidden: int, where: str = "the FFN") -> int:
 def _check_widths(ffn: FFN, swaps: list[Swap]) -> None:
     """Raise `PlanError` unless all matrices of the FFN, the last of `swaps`, agree on how many hidden units it has."""
     own = [s for s in swaps if s.ffn == ffn.name]
-    narrow = {s.spec.in_features if s.name == ffn.writer else s.spec.out_features for s in own if s.spec.replaced}
+    parts = 2 if ffn.fused else 1
+    narrow = {
+        s.spec.in_features if s.name == ffn.writer else s.spec.out_features // parts for s in own if s.spec.replaced
+    }
     if narrow and (len(narrow) > 1 or any(s.spec.replaced is None for s in own) or len(own) < len(ffn.linears)):
         raise PlanError(
             f"{ffn.name}: its matrices would have different numbers of hidden units.",

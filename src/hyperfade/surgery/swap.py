@@ -5,7 +5,7 @@ from torch import nn
 
 from hyperfade.errors import FitError, PlanError
 from hyperfade.nn import BlendLinear, JointReading, LightSpec, PHMLinear
-from hyperfade.surgery.families import SHAPES
+from hyperfade.surgery.families import SHAPES, Dense, features, is_dense, weight_of
 from hyperfade.surgery.plan import Plan
 
 
@@ -21,13 +21,14 @@ def swap_(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for swap in plan.swaps:
         linear = modules.get(swap.name)
-        if linear is None or type(linear) is not nn.Linear:
+        if not is_dense(linear):
             found = "missing" if linear is None else type(linear).__name__
             raise PlanError(
                 f"{swap.name} is {found}, the plan expects an nn.Linear.",
                 "Make the plan from this very model.",
             )
-        given = (linear.in_features, linear.out_features, linear.bias is not None)
+        assert isinstance(linear, Dense)
+        given = (*features(linear), linear.bias is not None)
         expected = (*swap.spec.dense_features, swap.spec.bias)
         if given != expected:
             raise PlanError(
@@ -37,13 +38,22 @@ def swap_(model: nn.Module, plan: Plan) -> None:
         if not torch.isfinite(linear.weight).all():
             raise FitError(f"The weight of {swap.name} holds NaN or infinite values.", "Check the checkpoint.")
     for swap in plan.swaps:
-        linear = modules[swap.name]
-        assert isinstance(linear, nn.Linear)
+        linear = _as_linear(modules[swap.name])
         light = swap.spec.build(device=linear.weight.device, dtype=linear.weight.dtype)
         if linear.bias is not None and light.bias is not None:
             light.bias.data.copy_(linear.bias.data[: swap.spec.out_features])
         light.train(linear.training)
         model.set_submodule(swap.name, BlendLinear(linear, light))
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """The `nn.Linear` itself; of a `Conv1D` one that shares its storage."""
+    if isinstance(module, nn.Linear):
+        return module
+    d, k = features(module)
+    linear = nn.Linear(d, k, device="meta").train(module.training)
+    linear.weight, linear.bias = nn.Parameter(weight_of(module).detach()), module.bias  # type: ignore[assignment]
+    return linear
 
 
 def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
@@ -55,11 +65,7 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
     for name, spec in specs.items():
         linear = modules.get(name)
         expected = (*spec.dense_features, spec.bias)
-        if (
-            linear is None
-            or not isinstance(linear, nn.Linear)
-            or (linear.in_features, linear.out_features, linear.bias is not None) != expected
-        ):
+        if linear is None or not isinstance(linear, Dense) or (*features(linear), linear.bias is not None) != expected:
             raise PlanError(
                 f"The checkpoint replaces {name} with (in, out, bias) = {expected}; {type(model).__name__} has "
                 f"{linear if linear is not None else 'no such module'} there.",
