@@ -7,6 +7,7 @@ checkpoint may hold, whose loader collects what arrives. As soon as a matrix is 
 module that transformers runs (`hyperfade.nn`), and with tensor parallelism cut to this process's share.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
 
 from hyperfade.errors import CheckpointError, ServingError
 from hyperfade.hub import HyperfadeConfig
@@ -34,6 +36,10 @@ from hyperfade.surgery import join_readers_
 from hyperfade.surgery.families import PROJECTOR_SHAPES, SHAPES
 
 _ATTENTION_PARTS = ("q", "k", "v")
+_UNWRAPPED_TOWER = re.compile(r"(^|\.)vision_tower\.(?!vision_model\.)")
+_TOWER = r"\1vision_tower.vision_model."
+"""LLaVA's towers have a module `vision_model` in vLLM and had one in transformers before 5; now checkpoints that were
+not loaded from older ones are written without it, and vLLM 0.32 stops at them, dense or not."""
 
 
 class EngineConfig(QuantizationConfig):
@@ -42,6 +48,7 @@ class EngineConfig(QuantizationConfig):
     def __init__(self, specs: Mapping[str, LightSpec]) -> None:
         super().__init__()
         self.specs = dict(specs)
+        self.wraps_tower = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "EngineConfig":
@@ -75,10 +82,18 @@ class EngineConfig(QuantizationConfig):
         """Take over the names that vLLM's model has for the checkpoint's modules."""
         self.specs = hf_to_vllm_mapper.apply_dict(self.specs)
 
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """The names that vLLM's model has for the checkpoint's tensors, where its own mapper does not know."""
+        known = super().get_checkpoint_weight_mapper()
+        return known | WeightsMapper(orig_to_new_regex={_UNWRAPPED_TOWER: _TOWER}) if self.wraps_tower else known
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How the linear called `prefix` is loaded and run; None for what is no linear."""
         if not isinstance(layer, LinearBase):
             return None
+        if "vision_tower.vision_model." in prefix and not self.wraps_tower:
+            self.wraps_tower = True
+            self.specs = {_UNWRAPPED_TOWER.sub(_TOWER, full): spec for full, spec in self.specs.items()}
         parent, _, name = prefix.rpartition(".")
         names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
         matrices = {full: self.specs.get(full) for full in names}
