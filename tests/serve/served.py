@@ -19,17 +19,20 @@ FORMS = (
     Layer(kind="dense", width=0.5),
     Layer(n=4, products=3, width=0.5),
 )
-"""One for each layer of the text model, which has one more: there only the gate is replaced."""
+"""One for each layer of the text model."""
 
 
-def text_model(folder: Path, forms: tuple[Layer, ...] = FORMS) -> Path:
-    """A small Llama with biases, random weights and a form per layer, saved to `folder`."""
+def text_model(folder: Path, lone_gate: bool = True) -> Path:
+    """A small Llama with biases, random weights and a form per layer, saved to `folder`.
+
+    lone_gate: with one more layer, of which only the gate is replaced.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=len(forms) + 1,
+        num_hidden_layers=len(FORMS) + lone_gate,
         num_attention_heads=2,  # of 32: the engine has no smaller heads on a CPU
         num_key_value_heads=1,
         max_position_embeddings=128,
@@ -40,8 +43,9 @@ def text_model(folder: Path, forms: tuple[Layer, ...] = FORMS) -> Path:
         initializer_range=0.3,
     )
     model = LlamaForCausalLM(config)
-    rules = [Rule(match=f"model.layers.{i}.mlp.*", layer=form) for i, form in enumerate(forms)]
-    rules.append(Rule(match=f"model.layers.{len(forms)}.mlp.gate_proj", layer=Layer(n=4)))
+    rules = [Rule(match=f"model.layers.{i}.mlp.*", layer=form) for i, form in enumerate(FORMS)]
+    if lone_gate:
+        rules.append(Rule(match=f"model.layers.{len(FORMS)}.mlp.gate_proj", layer=Layer(n=4)))
     swap_(model, plan(model, Replace(language=None, rules=tuple(rules))))
     fold_(model)
     for layer in light_modules(model).values():
