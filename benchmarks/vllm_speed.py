@@ -129,7 +129,7 @@ def in_a_process(folder: Path, dtype: str, work: Path) -> dict[str, Any]:
 def main() -> None:
     """Compare every checkpoint's tokens, then measure rounds, and keep both."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--model", default="runs/reference/untrained", help="a causal language model, or a LLaVA of one")

@@ -29,7 +29,7 @@ ENVIRONMENT = os.environ | {
 SINGLE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 TOKENS = [[5, 9, 33, 7], [100, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [64]]
 QUESTIONS = (("red", "ellipse", "what color is the shape?"), ("blue", "rectangle", "what shape is in the image?"))
-LARGEST_DIFFERENCE = 1e-3  # of a log-probability, float32; observed at most OBSERVED
+LARGEST_DIFFERENCE = 2e-4  # of a log-probability, float32; observed 1.7e-5
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,6 @@ def assert_equal(answers: Any, wanted: list[tuple[list[int], list[float]]]) -> N
     for answer, (tokens, log_probabilities) in zip(answers, wanted, strict=True):
         assert answer["tokens"] == tokens
         difference = torch.tensor(answer["log_probabilities"]) - torch.tensor(log_probabilities)
-        print("largest difference", difference.abs().max().item())
         assert difference.abs().max() < LARGEST_DIFFERENCE
 
 
@@ -176,4 +175,6 @@ def test_the_server_answers_a_chat_request_with_a_picture(server: str, image_fol
             f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         reply = json.load(urllib.request.urlopen(request, timeout=300))
-        assert reply["choices"][0]["message"]["content"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        # the engine's text begins with the space that parts it from the prompt
+        written = reply["choices"][0]["message"]["content"].strip()
+        assert written == tokenizer.decode(tokens, skip_special_tokens=True)

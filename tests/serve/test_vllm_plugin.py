@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 
@@ -31,7 +31,7 @@ def column(config: EngineConfig, name: str = FC1, rank: int = 0, ranks: int = 1,
     return ColumnParallelLinear(16, width, **options, tp_rank=rank, tp_size=ranks)
 
 
-def stored(spec: LightSpec) -> tuple[nn.Module, dict[str, Tensor]]:
+def stored(spec: LightSpec) -> tuple[Any, dict[str, Tensor]]:
     """A layer with random weights, and what a checkpoint holds for it."""
     layer = spec.build()
     for parameter in layer.parameters():
@@ -90,10 +90,11 @@ def test_widths_of_another_model_are_refused() -> None:
         column(EngineConfig(SPECS), width=32)
 
 
-def test_missing_weights_are_named() -> None:
+@pytest.mark.parametrize("path", ["Q", "bias"])
+def test_missing_weights_are_named(path: str) -> None:
     _, tensors = stored(SPECS[FC1])
-    del tensors["Q"]
-    with pytest.raises(CheckpointError, match=r"no weights for model\.layers\.0\.mlp\.fc1\.Q"):
+    del tensors[path]
+    with pytest.raises(CheckpointError, match=rf"no weights for model\.layers\.0\.mlp\.fc1\.{path}"):
         fill(column(EngineConfig(SPECS)), tensors)
 
 

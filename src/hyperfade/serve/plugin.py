@@ -38,8 +38,8 @@ from hyperfade.surgery.families import PROJECTOR_SHAPES, SHAPES
 _ATTENTION_PARTS = ("q", "k", "v")
 _UNWRAPPED_TOWER = re.compile(r"(^|\.)vision_tower\.(?!vision_model\.)")
 _TOWER = r"\1vision_tower.vision_model."
-"""LLaVA's towers have a module `vision_model` in vLLM and had one in transformers before 5; now checkpoints that were
-not loaded from older ones are written without it, and vLLM 0.32 stops at them, dense or not."""
+"""LLaVA's towers have a module `vision_model` in vLLM, as in checkpoints of older transformers. Present ones name their
+weights without it, and vLLM 0.32 stops there, whether the checkpoint is dense or not."""
 
 
 class EngineConfig(QuantizationConfig):
@@ -150,10 +150,12 @@ class LayerMethod(LinearMethodBase):
             self.skeletons[name] = own
             if self.share:
                 check_share(name, own.out_features if ranks > 1 else own.in_features, self.partners, self.share)
+        self.shapes = {name: {k: v.shape for k, v in own.state_dict().items()} for name, own in self.skeletons.items()}
         self.widths = [own.out_features // ranks for own in self.skeletons.values()]
         if self.widths != output_partition_sizes:  # an FFN with fewer hidden units: the bias is made to this
             layer.output_size = layer.output_size_per_partition = sum(self.widths)
         layer.weight_loader = self.load_bias  # and with this
+        self.without_bias = set(self.specs) if layer.has_bias else set()
         layer.light = nn.ModuleDict()
         self._expect_(layer)
 
@@ -174,9 +176,8 @@ class LayerMethod(LinearMethodBase):
     def _expect_(self, layer: Any) -> None:
         """Put an empty parameter under every name that the checkpoint may hold for this linear."""
         paths = {"weight"}  # of a dense matrix, or the empty tensor under a replaced one's name
-        for name, own in self.skeletons.items():
-            paths |= set(own.state_dict())
-            spec = self.specs[name]
+        for name, spec in self.specs.items():
+            paths |= set(self.shapes[name])
             if spec is not None and spec.bias:
                 paths.add(_bias_path(spec))
         for path in paths - {"bias"}:  # vLLM makes that one itself
@@ -203,7 +204,7 @@ class LayerMethod(LinearMethodBase):
             return
         if spec is not None and path == "weight" and not tensor.numel():
             return  # what keeps other readers from taking the checkpoint for a dense one
-        shapes = {key: value.shape for key, value in self.skeletons[name].state_dict().items()}
+        shapes = self.shapes[name]
         if shapes.get(path) != tensor.shape:
             described = f"it has shape {tuple(shapes[path])}" if path in shapes else "there is none"
             raise CheckpointError(
@@ -222,12 +223,14 @@ class LayerMethod(LinearMethodBase):
         if self.share is not None and self.share.side == "out":
             tensor = self.share.of(tensor, 0, num_blocks(self.specs[name]))
         parameter.data.split(self.widths)[list(self.specs).index(name)].copy_(tensor)
+        self.without_bias.discard(name)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises `CheckpointError` where a matrix did not get all of its weights."""
-        for name, incomplete in self.skeletons.items():
-            missing = min(incomplete.state_dict().keys() - self.arrived[name].keys())
-            raise CheckpointError(f"The checkpoint holds no weights for {name}.{missing}.", AGAIN)
+        missing = [f"{name}.{min(self.shapes[name].keys() - self.arrived[name].keys())}" for name in self.skeletons]
+        missing += [f"{name}.bias" for name in sorted(self.without_bias)]
+        if missing:
+            raise CheckpointError(f"The checkpoint holds no weights for {missing[0]}.", AGAIN)
         for root in self.roots:
             delattr(layer, root)
         join_readers_(layer.light)
