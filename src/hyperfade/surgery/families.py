@@ -7,9 +7,11 @@ relative to the module that holds them. The region of an FFN follows from the na
 
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 
+from hyperfade.nn import Light
 from hyperfade.recipe import Region
 
 # (linears that read the FFN's input, linear that writes its output), relative to the holding module
@@ -57,8 +59,10 @@ class FFN:
         return (*self.readers, self.writer)
 
 
-def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
-    """Every FFN of `model` that has one of the known shapes, in module order."""
+def find_ffns(model: nn.Module, with_light: bool = False) -> tuple[FFN, ...]:
+    """Every FFN of `model` that has one of the known shapes, in module order; `with_light` also those in which
+    replacement layers have the place of some linears."""
+    kinds = (nn.Linear, *get_args(Light)) if with_light else (nn.Linear,)
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
@@ -70,7 +74,7 @@ def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
             continue
         for readers, writer in SHAPES + (PROJECTOR_SHAPES if region == "projector" else ()):
             names = [f"{name}.{child}" if name else child for child in (*readers, writer)]
-            if all(type(modules.get(full)) is nn.Linear for full in names) and _fit_together(modules, names):
+            if all(type(modules.get(full)) in kinds for full in names) and _fit_together(modules, names):
                 found.append(FFN(name, region, tuple(names[:-1]), names[-1]))
                 break
     return tuple(found)
