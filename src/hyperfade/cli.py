@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hyperfade.errors import DataError, HyperfadeError, RecipeError
+from hyperfade.errors import DataError, HyperfadeError, OutputError, RecipeError
 
 app = typer.Typer(
     name="hyperfade",
@@ -27,6 +27,7 @@ DataOption = Annotated[
     str, typer.Option(help="Questions with answers: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT].")
 ]
 _ANY_LENGTH = 10**9  # tokens: a benchmark leaves the limit to the model
+Format = Literal["int8", "int4", "nf4", "fp8"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -68,6 +69,9 @@ def compress(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Overrides the recipe's output folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    quantize: Annotated[
+        Format | None, typer.Option(help="Few bits on top: round the finished FFNs to this format.")
+    ] = None,
     changes: SetOption = None,
 ) -> None:
     """Compress a model: fit, fade, polish, save, measure. Run it again to continue after an interruption.
@@ -76,9 +80,73 @@ def compress(
     from hyperfade import pipeline
     from hyperfade.processes import leave
 
-    direct = {"model": model, "output": output, "seed": seed}
+    direct = {"model": model, "output": output, "seed": seed, "quantize": quantize}
     pipeline.compress(_recipe(recipe, changes, {k: v for k, v in direct.items() if v is not None}), _say)
     leave()
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, compressed or dense, or `embedded`.")],
+    to: Annotated[Format, typer.Option(help="Format of the matrices.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the new checkpoint [default: MODEL-TO].")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(min=0, help="Neighbours that share a scale, 0 for rows [default: int4 and nf4 64, others 0]."),
+    ] = None,
+    rest: Annotated[
+        bool, typer.Option("--rest", help="Attention and the other linears too; never output head and embeddings.")
+    ] = False,
+) -> None:
+    """Round a checkpoint's FFNs to few bits, as torchao or bitsandbytes do; the result loads like any other."""
+    from hyperfade.compose.quantize import check_format, quantize_
+    from hyperfade.hub import load, load_processor, mark_, save
+    from hyperfade.measure import disk_bytes
+
+    check_format(to, group_size)
+    folder = output or Path(f"{model.rstrip('/')}-{to}")
+    _refuse_existing(folder)
+    loaded, processor = load(model), load_processor(model)
+    report = quantize_(loaded, to, group_size, rest)
+    mark_(loaded)
+    save(loaded, folder, processor)
+    typer.echo("\n".join([*report.lines(), f"{folder}: {disk_bytes(folder) / 1e6:.2f} MB of weights"]))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Compressed or quantized checkpoint folder.")],
+    to: Annotated[
+        Literal["dense", "onnx"],
+        typer.Option(help="dense: a plain checkpoint, every matrix materialised. onnx: the forward pass, in float32."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-TO].")] = None,
+) -> None:
+    """Write a model for tools that know nothing of hyperfade."""
+    from hyperfade.compose.export import densify_, example_of, export_onnx
+    from hyperfade.hub import load, load_processor, save, write_folder
+    from hyperfade.measure import disk_bytes
+
+    folder = output or Path(f"{model.rstrip('/')}-{to}")
+    _refuse_existing(folder)
+    processor = load_processor(model)
+    if to == "onnx":
+        loaded = load(model, "float32")
+        write_folder(folder, lambda target: export_onnx(loaded, example_of(loaded, processor), target / "model.onnx"))
+        megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        typer.echo(f"{folder / 'model.onnx'}: {megabytes:.2f} MB in float32, whole sequences, without a cache")
+        return
+    loaded = load(model)
+    count = len(densify_(loaded))
+    save(loaded, folder, processor)
+    before = f", {disk_bytes(Path(model)) / 1e6:.2f} MB before" if Path(model).is_dir() else ""
+    typer.echo(f"{folder}: {count} matrices materialised, {disk_bytes(folder) / 1e6:.2f} MB of weights{before}")
+    typer.echo("It loads without hyperfade, and saves nothing: neither memory nor time.")
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise OutputError(f"{folder} exists.", "Choose another --output; nothing was touched.")
 
 
 @app.command()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
+from hyperfade.compose.quantize import check_format, quantize_
 from hyperfade.data import Collator, Source, fingerprint, named_when_slow, open_source
 from hyperfade.distill import (
     Allocation,
@@ -187,6 +188,8 @@ def _checked(recipe: Recipe) -> Task:
         raise PlanError(
             f"{recipe.model} is compressed or quantized already.", "Give the dense checkpoint it came from."
         )
+    if recipe.quantize is not None:
+        check_format(recipe.quantize.to, recipe.quantize.group_size)
     for variant in variants(recipe):
         plan(model, variant.replace)
         _matched_parameters(model, variant.train)
@@ -245,6 +248,8 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     mark_(student)
     storage = getattr(torch, recipe.save_dtype or recipe.dtype)
     round_(student, storage)
+    params_ratio = num_parameters(student) / dense_parameters
+    quantized = _quantized_(student, variant, task, storage, say)
     save(student, variant.model, task.processor, storage_dtype=storage)
     bit_equal = _reload_bit_equal(student, task.finished(variant), task)
     if not bit_equal:
@@ -259,12 +264,33 @@ def _build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         },
         "reload_bit_equal": bit_equal,
         "ffn_params_ratio": allocation.params_ratio if allocation else the_plan.ffn_params_ratio,
-        "params_ratio": num_parameters(student) / dense_parameters,
+        "params_ratio": params_ratio,
+        "quantized": quantized,
         "kept_dense": [list(pair) for pair in the_plan.kept],
         "allocation": allocation and allocation.to_dict(),
     }
     write_json(facts_file, facts)
     return facts
+
+
+def _quantized_(student: Any, variant: Variant, task: Task, storage: torch.dtype, say: Say) -> dict[str, Any] | None:
+    """Round the finished student as the recipe says; what was done, or None."""
+    wanted = task.recipe.quantize
+    if wanted is None:
+        return None
+    # scales are stored like the weights they scale
+    report = quantize_(student, wanted.to, wanted.group_size, wanted.rest, scale_dtype=storage)
+    mark_(student)
+    for line in report.lines():
+        say(f"[{variant.name}] {line}")
+    return {
+        "to": report.to,
+        "group_size": report.group_size,
+        "matrices": len(report.low_bits),
+        "smaller_groups": {str(size): names for size, names in report.smaller.items()},
+        "left": [list(pair) for pair in report.left],
+        "bytes": {"before": report.bytes_before, "after": report.bytes_after},
+    }
 
 
 def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]], say: Say) -> Allocation | None:
@@ -432,6 +458,7 @@ def _entry(
         "training": built["training"],
         "layers": built["layers"],
         "kept_dense": built["kept_dense"],
+        "quantized": built.get("quantized"),  # older folders lack it
         "allocation": built["allocation"],
     }
 

@@ -304,6 +304,21 @@ class Rival(_Section):
     train: Train | None = Field(default=None, description="its own training; null takes the recipe's")
 
 
+class Quantize(_Section):
+    """Rounding of the finished model's matrices to few bits, after training. A word alone means `to`."""
+
+    to: Literal["int8", "int4", "nf4", "fp8"] = Field(description="format of the matrices")
+    group_size: int | None = Field(
+        default=None, ge=0, description="neighbours that share a scale, 0 for rows [default: int4 and nf4 64, others 0]"
+    )
+    rest: bool = Field(default=False, description="attention and the other linears too; never head and embeddings")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, given: Any) -> Any:
+        return {"to": given} if isinstance(given, str) else given
+
+
 class Recipe(_Section):
     """From a dense model to a finished one."""
 
@@ -325,6 +340,9 @@ class Recipe(_Section):
     fit: Fit = Fit()
     train: Train = Train()
     data: Data = Data()
+    quantize: Quantize | None = Field(
+        default=None, description="few bits on top, for the recipe's own model and its rivals; int4, say"
+    )
     rivals: dict[Name, Rival] = Field(default={}, description="baselines trained beside it, by name")
 
     @model_validator(mode="after")

@@ -30,6 +30,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("sharded") / "model", shard_bytes=20_000)
 
 
+INNER = {"quant_method": "torchao", "to": "int4", "group_sizes": {f"{UP}.core": 32}}
+
+
 def _copy(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target / "copy"))
 
@@ -48,7 +51,14 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "layers a list": (lambda q: q.update(layers=[UP]), "`layers` of quantization_config in config.json is list"),
     "layers null": (lambda q: q.update(layers=None), "is NoneType, not an object"),
     "unknown keys": (lambda q: q.update(bits=4, act=8), "unknown keys: act, bits"),
-    "inner": (lambda q: q.update(inner={"quant_method": "torchao"}), "inner is set"),
+    "inner of another tool": (lambda q: q.update(inner={"quant_method": "torchao"}), "`inner` of quantization_config"),
+    "inner with a key more": (lambda q: q.update(inner={**INNER, "act": 8}), "`inner` of quantization_config"),
+    "inner in unknown bits": (lambda q: q.update(inner={**INNER, "to": "int3"}), "`inner` of quantization_config"),
+    "inner with groups in text": (
+        lambda q: q.update(inner={**INNER, "group_sizes": {f"{UP}.core": "32"}}),
+        "`inner` of quantization_config",
+    ),
+    "inner for nothing": (lambda q: q.update(inner={**INNER, "group_sizes": {}}), "`inner` of quantization_config"),
     "layer a number": (lambda q: q["layers"].update({UP: 3}), f"Layer {UP} is described wrongly"),
     "layer with a field more": (lambda q: _layer(q).update(bits=4), f"Layer {UP} is described wrongly"),
     "layer with a field less": (lambda q: _layer(q).pop("bias"), f"Layer {UP} is described wrongly"),

@@ -51,7 +51,7 @@ assert not any(name.startswith("hyperfade") for name in sys.modules)
 """
 
 
-def _python(code: str, *arguments: Any) -> str:
+def python(code: str, *arguments: Any) -> str:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -77,7 +77,7 @@ def test_another_process_gives_the_same_logits_and_answers(tmp_path: Path) -> No
     model, inputs = _subject()
     save(model, tmp_path / "model")
     save_file(inputs, tmp_path / "inputs.safetensors")
-    _python(WITH, tmp_path / "model", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors")
+    python(WITH, tmp_path / "model", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors")
     out = load_file(tmp_path / "out.safetensors")
     assert torch.equal(out["logits"], model(**inputs).logits)
     options = {"do_sample": False, "use_cache": True, "min_new_tokens": 8, "max_new_tokens": 8}
@@ -90,4 +90,4 @@ def test_without_hyperfade_no_model_comes_back(tmp_path: Path) -> None:
     for folder in folders:
         name, kind = folder.name.split("-")
         save(folded({"llava": "llava_siglip", "llama": "llama"}[name], (KINDS | NARROW)[kind]), folder)
-    assert _python(WITHOUT, *folders).splitlines() == ["refused"] * 2 * len(folders)
+    assert python(WITHOUT, *folders).splitlines() == ["refused"] * 2 * len(folders)

@@ -29,8 +29,15 @@ from transformers.models.auto.modeling_auto import (
 
 from hyperfade.errors import CheckpointError, OutputError
 from hyperfade.hub.integrity import AGAIN, verify_checkpoint
-from hyperfade.hub.quantizer import METHOD, HyperfadeConfig, HyperfadeQuantizer, align_
-from hyperfade.nn import LightSpec, light_modules
+from hyperfade.hub.quantizer import (
+    METHOD,
+    HyperfadeConfig,
+    HyperfadeQuantizer,
+    align_,
+    inner_of,
+    install_low_bit_,
+)
+from hyperfade.nn import LightSpec, light_modules, low_bit_modules
 from hyperfade.surgery import drop_dense_, install_, join_readers_
 
 EMBEDDED = "embedded"
@@ -49,7 +56,8 @@ def mark_(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return  # a plain nn.Module has no config: its owner saves the state dict
     config = HyperfadeConfig(
-        layers={name: LightSpec.of(layer).to_dict() for name, layer in light_modules(model).items()}
+        layers={name: LightSpec.of(layer).to_dict() for name, layer in light_modules(model).items()},
+        inner=inner_of({name: layer.held for name, layer in low_bit_modules(model).items()}),
     )
     model.config.quantization_config = config
     model.hf_quantizer = HyperfadeQuantizer(config)  # type: ignore[assignment]
@@ -167,7 +175,9 @@ def skeleton(name: str) -> PreTrainedModel:
         model = chosen._from_config(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
     compression = getattr(config, "quantization_config", None) or {}
     if compression.get("quant_method") == METHOD:
-        install_(model, HyperfadeConfig.from_dict(compression).specs)
+        found = HyperfadeConfig.from_dict(compression)
+        install_(model, found.specs)
+        install_low_bit_(model, found.low_bits)
     return model
 
 

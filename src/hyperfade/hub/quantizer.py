@@ -9,13 +9,17 @@ skeleton; the weights then fill them by name. Without the import transformers (5
 would fill the missing dense weights at random. So every replaced matrix also leaves an empty tensor under its dense
 name, `<layer>.weight` of shape (0,): a reader that expects the dense matrix meets another shape and stops.
 
-`inner` is the slot for a second quantizer's config. Its checkpoints are written by a later version; this one refuses
-them instead of guessing.
+`inner` says which linears were quantized after compression, inside replacement layers or beside them:
+
+    "inner": {"quant_method": "torchao", "to": "int4", "group_sizes": {module name: group size, 0 for whole rows}}
+
+`quant_method` is whose numbers they are. Each such module has qdata, scale and maybe zero_point in the weights' file
+(`nn/low_bit.py`), and no weight; outside of replacement layers the empty tensor stands under the dense name here too.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hyperfade.errors import CheckpointError
 from hyperfade.hub.integrity import AGAIN, verify_safetensors
-from hyperfade.nn import LightSpec
+from hyperfade.nn import Format, LightSpec, LowBit, LowBitLinear, bitsandbytes, low_bit_modules
 from hyperfade.surgery import install_, join_readers_
 
 METHOD = "hyperfade"
@@ -53,11 +57,6 @@ class HyperfadeConfig(QuantizationConfigMixin):
                 f"quantization_config in config.json has unknown keys: {', '.join(sorted(unknown))}.",
                 f"This version knows {', '.join(sorted(_KEYS))}. Update hyperfade, or remove what was added by hand.",
             )
-        if inner is not None:
-            raise CheckpointError(
-                "This checkpoint was quantized after compression (quantization_config.inner is set).",
-                "This version of hyperfade does not read such checkpoints. Update hyperfade.",
-            )
         if not isinstance(layers, dict):
             raise CheckpointError(
                 f"`layers` of quantization_config in config.json is {type(layers).__name__}, not an object.",
@@ -67,6 +66,8 @@ class HyperfadeConfig(QuantizationConfigMixin):
         self.inner = inner
         self.layers = layers
         self.specs = {name: LightSpec.from_dict(fields, name) for name, fields in layers.items()}
+        self.low_bits = low_bits_of(inner)
+        self.dense_names = [*self.specs, *(name for name in self.low_bits if not _within(name, self.specs))]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -95,8 +96,22 @@ class HyperfadeQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, HyperfadeConfig)
         return self.quantization_config.specs
 
+    @property
+    def low_bits(self) -> dict[str, LowBit]:
+        """The quantized linears by module name."""
+        assert isinstance(self.quantization_config, HyperfadeConfig)
+        return self.quantization_config.low_bits
+
+    @property
+    def dense_names(self) -> list[str]:
+        """The matrices of the dense model that this one has no weight for."""
+        assert isinstance(self.quantization_config, HyperfadeConfig)
+        return self.quantization_config.dense_names
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to `quantize on load`: compression needs calibration and training."""
+        if any(held.to == "nf4" for held in self.low_bits.values()):
+            bitsandbytes()
         if not self.pre_quantized:
             raise CheckpointError(
                 "A HyperfadeConfig was passed for a dense checkpoint.",
@@ -106,9 +121,10 @@ class HyperfadeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         verify_safetensors([Path(file) for file in kwargs.get("checkpoint_files") or ()])
         install_(model, self.specs)
-        for name in self.specs:
+        install_low_bit_(model, self.low_bits)
+        for name in self.dense_names:
             _mark_initialized(model, name)
-        empty = {rf"^{re.escape(name)}\.weight$" for name in self.specs}
+        empty = {rf"^{re.escape(name)}\.weight$" for name in self.dense_names}
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(known or ()) | empty
         self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -127,26 +143,29 @@ class HyperfadeQuantizer(HfQuantizer):
                 )
             if tensor.is_floating_point() and tensor.dtype != dtype and not any(part in name for part in kept):
                 tensor.data = tensor.data.to(dtype)
-        for name in self.specs:
+        for name in self.dense_names:
             for part, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):  # meta: offloaded
                     raise CheckpointError(f"The checkpoint holds no weights for {name}.{part}.", AGAIN)
         align_(model)
         join_readers_(model)
+        for layer in low_bit_modules(model).values():
+            layer.pack_()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """What `save_pretrained` writes: the weights, and the empty tensors under the dense names."""
         state = model.state_dict()
+        held = {f"{n}.{part}" for n, low in self.low_bits.items() if low.to != "int4" for part in ("qdata", "scale")}
         if self.storage_dtype is not None:
             stored: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one, or they would be written twice
             for name, tensor in state.items():
-                if tensor.is_floating_point():
+                if tensor.is_floating_point() and name not in held:
                     key = (tensor.data_ptr() or id(tensor), tensor.shape)  # offloaded tensors have no address
                     stored.setdefault(key, tensor.to(self.storage_dtype))
                     state[name] = stored[key]
         dtype = self.storage_dtype or model.dtype
-        return state | {f"{name}.weight": torch.empty(0, dtype=dtype) for name in self.specs}, {}
+        return state | {f"{name}.weight": torch.empty(0, dtype=dtype) for name in self.dense_names}, {}
 
     def is_serializable(self) -> Any:
         """True: weights are plain tensors."""
@@ -161,6 +180,60 @@ class HyperfadeQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: the layers are plain tensor operations."""
         return True
+
+
+def low_bits_of(inner: Any) -> dict[str, LowBit]:
+    """The quantized linears that `inner` names. Raises `CheckpointError` for anything but what `inner_of` writes."""
+    if inner is None:
+        return {}
+    try:
+        to, group_sizes = inner["to"], inner["group_sizes"]
+        found = {name: LowBit(to, size) for name, size in group_sizes.items()}
+        sizes = all(type(held.group_size) is int and held.group_size >= 0 for held in found.values())
+        if not sizes or to not in get_args(Format) or inner != inner_of(found):
+            raise ValueError(f"unknown keys or impossible values in {str(inner)[:200]}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"`inner` of quantization_config in config.json is not understood: {error!r}.",
+            "Update hyperfade, or quantize the compressed checkpoint again: hyperfade quantize.",
+        ) from error
+    return found
+
+
+def inner_of(low_bits: dict[str, LowBit]) -> dict[str, Any] | None:
+    """`inner` as plain JSON values; all matrices are in one format."""
+    if not low_bits:
+        return None
+    to = next(iter(low_bits.values())).to
+    method = "bitsandbytes" if to == "nf4" else "torchao"
+    return {"quant_method": method, "to": to, "group_sizes": {name: held.group_size for name, held in low_bits.items()}}
+
+
+def install_low_bit_(model: nn.Module, low_bits: dict[str, LowBit]) -> None:
+    """Put fresh low-bit linears in the place of the named linears: a skeleton that a checkpoint's weights fill.
+
+    Raises `CheckpointError` before anything is changed where there is no such linear, or its width has no such groups.
+    """
+    modules = dict(model.named_modules())
+    for name, held in low_bits.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear or (held.group_size and linear.in_features % held.group_size):
+            raise CheckpointError(
+                f"config.json has {name} in {held.to} by groups of {held.group_size}; the model has {linear} there.",
+                AGAIN,
+            )
+    for name, held in low_bits.items():
+        linear = modules[name]
+        assert isinstance(linear, nn.Linear)
+        widths, like = (linear.in_features, linear.out_features), linear.weight
+        bias = linear.bias is not None
+        model.set_submodule(name, LowBitLinear(*widths, held, bias, device=like.device, dtype=like.dtype))
+
+
+def _within(name: str, layers: dict[str, Any]) -> bool:
+    """Whether the module is part of one of these layers."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in layers for end in range(1, len(parts)))
 
 
 def align_(model: nn.Module) -> None:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hyperfade.nn import low_bit_modules
+
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters, shared ones counted once; what is held in few bits counts like any other."""
+    held = sum(layer.in_features * layer.out_features for layer in low_bit_modules(model).values())
+    return held + sum(p.numel() for p in model.parameters())
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from hyperfade.nn.blend import BlendLinear
 from hyperfade.nn.joint import JointReading
+from hyperfade.nn.low_bit import Format, LowBit, LowBitLinear, bitsandbytes, fitting_group, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.narrow import NarrowLinear
 from hyperfade.nn.phm import PHMLinear, keep_derived_
@@ -9,12 +10,18 @@ from hyperfade.nn.spec import Light, LightSpec, light_modules
 
 __all__ = [
     "BlendLinear",
+    "Format",
     "JointReading",
     "Light",
     "LightSpec",
+    "LowBit",
+    "LowBitLinear",
     "LowRankLinear",
     "NarrowLinear",
     "PHMLinear",
+    "bitsandbytes",
+    "fitting_group",
     "keep_derived_",
     "light_modules",
+    "low_bit_modules",
 ]

@@ -3,9 +3,12 @@
     mix in     u[a,i] = Σ_b A[i,a,b] x[b]     y[a] = core(u[a])                    one product of n·M rows
     mix out    z[b,i] = core(x[b])            y[a] = Σ_ib A[i,a,b] z[b,i]          one product of n·M rows
     batched    u[r] = Σ_b Q[r,b] x[b]         z[r] = T_r u[r]    y[a] = Σ_r P[r,a] z[r]     R products in one call
-    separate   the same, product by product, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
+    one by one the same, product by product, where quantizers put modules of their own in the place of T_r
+    separate   product by product as well, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
 
 A core may also run in slices of its outputs, as one batched product: what has few rows is slow in some libraries.
+
+Sizes are read from shapes: `len` of a tensor would fix the number of tokens in an exported graph.
 
 Mixing moves M·n small blocks and is bound by memory and by the cost of a call, not by arithmetic. Two ways: one tiny
 matrix product over the blocks, or a running sum over them. Where the coefficients are known numbers (`Rows`), the sum
@@ -13,7 +16,7 @@ leaves out zeros and is a mere view where one coefficient of 1 is all there is.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -73,7 +76,7 @@ def mix_out(x: Tensor, mixing: Tensor | Rows, core: Callable[[Tensor], Tensor]) 
     """x (M, n, d/n), core d/n → t·k/n, mixing (n, n·t): y (M, k)."""
     z = core(x)
     rows = len(mixing[0]) // len(mixing)
-    z = z.reshape(len(z), x.shape[1] * rows, z.shape[2] // rows)
+    z = z.reshape(z.shape[0], x.shape[1] * rows, z.shape[2] // rows)
     return mixed(z, mixing).flatten(1) if isinstance(mixing, Tensor) else torch.cat(combined(z.unbind(1), mixing), 1)
 
 
@@ -97,12 +100,20 @@ def separate(x: Tensor, factors: FixedFactors, weights: Sequence[Tensor]) -> Ten
     return torch.cat(combined([F.linear(u, t) for u, t in products], factors.p), 1)
 
 
+def one_by_one(x: Tensor, p: Tensor, q: Tensor, cores: Iterable[Callable[[Tensor], Tensor]], mixing: Mixing) -> Tensor:
+    """What `batched` gives, with each product a module of its own: x (M, n, d/n), R cores d/n → k/n: y (M, k)."""
+    mix = mixed_by_sums if mixing == "sums" else mixed
+    inputs = mix(x, q).unbind(1)
+    z = torch.stack([core(u) for core, u in zip(cores, inputs, strict=True)], 1)
+    return mix(z, p.T).flatten(1)
+
+
 def mixed(x: Tensor, weights: Tensor) -> Tensor:
     """Σ_b weights[a, b] x[:, b] as a matrix product: x (M, b, w), weights (a, b): (M, a, w)."""
-    if len(x) == 1:  # a call for one plain product costs half of one for a batch
+    if x.shape[0] == 1:  # a call for one plain product costs half of one for a batch
         return torch.mm(weights, x[0])[None]
     # not torch.matmul: where weights can have gradients it copies x to fold it, ten times the price of the mix
-    return torch.bmm(weights.expand(len(x), *weights.shape), x)
+    return torch.bmm(weights.expand(x.shape[0], *weights.shape), x)
 
 
 def mixed_by_sums(x: Tensor, weights: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ class JointReading:
                 both = torch.cat([a, b])
                 a.data, b.data = both[: len(a)], both[len(a) :]
 
+    def part_(self) -> None:
+        """Let both run alone from now on."""
+        self.first.joint = self.second.joint = None
+
     def output(self, layer: PHMLinear, x: Tensor) -> Tensor | None:
         """What `layer` makes of x (..., in_features), its bias and companion left out: (M, out_features); or None where
         it has to run alone."""
@@ -50,7 +54,7 @@ class JointReading:
         if layer is self.second:
             return kept[1] if kept is not None and kept[0] is x else None
         if kept is not None:  # the second does not read what the first does, so this only wastes work
-            self.first.joint = self.second.joint = None
+            self.part_()
             return None
         if not self._packed:
             self.pack_()

@@ -35,6 +35,7 @@ from hyperfade.nn.forms import (
     fixed_rows,
     mix_in,
     mix_out,
+    one_by_one,
     separate,
     sliced,
 )
@@ -47,6 +48,8 @@ class Joint(Protocol):
     """What a layer knows of a `JointReading` it is part of."""
 
     def pack_(self) -> None: ...
+
+    def part_(self) -> None: ...
 
     def output(self, layer: "PHMLinear", x: Tensor) -> Tensor | None: ...
 
@@ -69,6 +72,7 @@ class PHMLinear(nn.Module):
     """
 
     replaced: tuple[int, int] | None = None  # (in, out) of the dense matrix, where this layer is narrower
+    T: nn.Parameter  # None once the products are split
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class PHMLinear(nn.Module):
         self.mixes_in = in_features <= out_features
         self.joint: Joint | None = None
         self.derived: Derived | None = None
+        self.cores: nn.ModuleList | None = None
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
@@ -166,9 +171,28 @@ class PHMLinear(nn.Module):
             assert fit.companion is not None
             self.companion.load_fit_(fit.companion)
 
+    def split_(self) -> None:
+        """Hold the products T_r as R `nn.Linear` instead of one tensor, as quantizers and adapters want them.
+
+        The layer computes the same, in R calls for one: do it only where something else takes their place.
+        """
+        if self.algebra.form != "products" or self.cores is not None:
+            return
+        t = self.T
+        self.cores = nn.ModuleList()
+        for part in t.detach():
+            core = nn.Linear(part.shape[1], part.shape[0], bias=False, device="meta")
+            core.weight = nn.Parameter(part.clone(), requires_grad=t.requires_grad)
+            self.cores.append(core.train(self.training))
+        self.T = None  # type: ignore[assignment]
+        if self.joint is not None:
+            self.joint.part_()
+
     @property
     def components(self) -> Tensor:
         """T (R, k/n, d/n), or S (t, k/n, d/n) out of the core; gradients flow through it."""
+        if self.cores is not None:
+            return torch.stack([core.weight for core in self.cores])  # type: ignore[misc]
         if self.algebra.form == "products":
             return self.T
         n, t = self.algebra.n, self.algebra.size
@@ -206,7 +230,8 @@ class PHMLinear(nn.Module):
         if not by_products and not self._plain_core:
             return Execution("core", "matmul")
         if torch.compiler.is_compiling():  # sums fuse with their neighbours, so what remains is arithmetic
-            by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
+            if not torch.compiler.is_exporting():  # a graph for any number of tokens
+                by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
             return Execution("products" if by_products else "core", "sums")
         like = tokens.dtype, processor(tokens.device.type)
         how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
@@ -224,8 +249,10 @@ class PHMLinear(nn.Module):
                 part.copy_(self.run(rows, whole))
             return y
         n, t = self.algebra.n, self.algebra.size
-        x = tokens.view(len(tokens), n, self.in_features // n)
+        x = tokens.view(tokens.shape[0], n, self.in_features // n)
         if self.algebra.form == "products":
+            if self.cores is not None:
+                return one_by_one(x, self.P, self.Q, self.cores, how.mixing)
             return batched(x, self.P, self.Q, self.T, how.mixing)
         if how.form == "products" and self.fixed_factors is not None:
             return separate(x, self.fixed_factors, self._product_weights(self.fixed_factors))

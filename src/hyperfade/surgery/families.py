@@ -13,15 +13,18 @@ takes: pixels make a vision tower.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hyperfade.nn import Light
 from hyperfade.recipe import Region
 
 Dense = nn.Linear | Conv1D
 """A dense matrix with its bias. `Conv1D` (GPT-2) is a linear that stores its weight transposed."""
+_DENSE = get_args(Dense)
 
 # (linears that read the FFN's input, linear that writes its output), relative to the holding module
 SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -103,14 +106,14 @@ class Experts:
 
 def is_dense(module: nn.Module | None) -> bool:
     """Whether a module is a `Dense` itself: a subclass is someone else's, its weight may not be what it seems."""
-    return type(module) in (nn.Linear, Conv1D)
+    return type(module) in _DENSE
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a `Dense`."""
+    """(in, out) of a `Dense`, or of a layer in its place."""
     if isinstance(linear, Conv1D):
         return int(linear.nx), int(linear.nf)
-    assert isinstance(linear, nn.Linear)
+    assert isinstance(linear, nn.Linear | Light)
     return linear.in_features, linear.out_features
 
 
@@ -121,15 +124,17 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
-def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
-    """Every FFN of `model`, in module order."""
+def find_ffns(model: nn.Module, with_light: bool = False) -> tuple[FFN, ...]:
+    """Every FFN of `model`, in module order; `with_light` also those in which replacement layers have the place of some
+    matrices."""
+    kinds = (*_DENSE, *get_args(Light)) if with_light else _DENSE
     modules = dict(model.named_modules())
     found: dict[str, FFN] = {}  # by the matrices they take
     for name, module in modules.items():
         if _is_none(name, module):
             continue
         region = _region(modules, name)
-        for children, child in _shapes_in(module, name, region):
+        for children, child in _shapes_in(module, name, region, kinds):
             readers, writer = tuple(_join(name, reader) for reader in children), _join(name, child)
             if not found.keys() & {*readers, writer}:
                 fused = features(modules[readers[0]])[1] == 2 * features(modules[writer])[0]
@@ -162,9 +167,11 @@ def find_experts(model: nn.Module) -> tuple[Experts, ...]:
 _MATRIX = re.compile(r"(gate|up|down|w\d|wi|wo|fc\d)(_|$)")
 
 
-def _shapes_in(module: nn.Module, name: str, region: Region) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(readers, writer) of every FFN that the module holds, as names relative to it."""
-    left = dict(_linears_in(module))
+def _shapes_in(
+    module: nn.Module, name: str, region: Region, kinds: tuple[type, ...]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(readers, writer) of every FFN of these kinds of matrices that the module holds, as names relative to it."""
+    left = dict(_linears_in(module, kinds))
     for readers, writer in SHAPES + (PROJECTOR_SHAPES if region == "projector" else ()):
         if all(part in left for part in (*readers, writer)):
             parts = [left[part] for part in (*readers, writer)]
@@ -178,15 +185,15 @@ def _shapes_in(module: nn.Module, name: str, region: Region) -> Iterator[tuple[t
             yield tuple(parts[:-1]), parts[-1]
 
 
-def _linears_in(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(what it goes by, where it is) of the linears among a module's children, and of those that a child wraps: as
+def _linears_in(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, str]]:
+    """(what it goes by, where it is) of the matrices among a module's children, and of those that a child wraps: as
     `dense` with a norm (BERT's way), or as `linear` with limits (Gemma 4's)."""
     for key, child in module.named_children():
-        if is_dense(child):
+        if type(child) in kinds:
             yield key, key
-        elif is_dense(getattr(child, "dense", None)):
+        elif type(getattr(child, "dense", None)) in kinds:
             yield f"{key}.dense", f"{key}.dense"
-        elif is_dense(getattr(child, "linear", None)):
+        elif type(getattr(child, "linear", None)) in kinds:
             yield key, f"{key}.linear"
 
 
@@ -223,7 +230,9 @@ def _region(modules: dict[str, nn.Module], name: str) -> Region:
         if not name:
             return region
         name = name.rpartition(".")[0]
-    takes = modules[name].input_modalities
+    around = modules[name]
+    assert isinstance(around, PreTrainedModel)
+    takes = around.input_modalities
     return "vision" if set((takes,) if isinstance(takes, str) else takes) <= {"image", "video"} else region
 
 

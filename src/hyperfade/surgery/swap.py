@@ -110,5 +110,5 @@ def join_readers_(model: nn.Module) -> None:
 
 
 def _alike(first: PHMLinear, second: PHMLinear) -> bool:
-    by_products = first.algebra.form == "products"
+    by_products = first.algebra.form == "products" and first.cores is None and second.cores is None
     return by_products and first.algebra == second.algebra and first.components.shape == second.components.shape

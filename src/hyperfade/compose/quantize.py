@@ -1,0 +1,207 @@
+"""Few bits on top: the linears inside light layers, and by choice the others, as torchao or bitsandbytes rounds them.
+
+    report = quantize_(model, "int4")          # the FFNs
+    report = quantize_(model, "int8", rest=True)
+
+Only rounding happens here, matrix by matrix: no calibration, no training. Products-form layers are split first, so that
+every T_r is a linear of its own. The mixes (A, P, Q), biases, norms, embeddings and the output head keep their dtype.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
+from hyperfade.nn import (
+    Format,
+    LowBit,
+    LowBitLinear,
+    PHMLinear,
+    bitsandbytes,
+    fitting_group,
+    light_modules,
+    low_bit_modules,
+)
+from hyperfade.nn.int4 import two_to_a_byte
+from hyperfade.surgery import find_ffns
+
+DEFAULT_GROUP = {"int8": 0, "int4": 64, "nf4": 64, "fp8": 0}  # 0: whole rows
+_NF4_GROUPS = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize_` did. `low_bits` by module name; `left` are (name, why) that keep their dtype."""
+
+    to: Format
+    group_size: int
+    low_bits: dict[str, LowBit]
+    left: list[tuple[str, str]]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def smaller(self) -> dict[int, list[str]]:
+        """Matrices whose width the group size does not divide, by the group size that they got (0: whole rows)."""
+        found: dict[int, list[str]] = {}
+        for name, held in self.low_bits.items():
+            if held.group_size != self.group_size:
+                found.setdefault(held.group_size, []).append(name)
+        return found
+
+    def lines(self) -> list[str]:
+        """For people."""
+        megabytes = f"{self.bytes_before / 1e6:.2f} MB → {self.bytes_after / 1e6:.2f} MB"
+        lines = [f"{self.to} by {_groups(self.group_size)}: {len(self.low_bits)} matrices, {megabytes}"]
+        lines += [f"by {_groups(size)}: {_some(names)}" for size, names in self.smaller.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left:
+            reasons.setdefault(why, []).append(name)
+        return lines + [f"left as they are, {why}: {_some(names)}" for why, names in reasons.items()]
+
+
+@torch.no_grad()
+def quantize_(
+    model: nn.Module,
+    to: Format,
+    group_size: int | None = None,
+    rest: bool = False,
+    *,
+    scale_dtype: torch.dtype | None = None,
+) -> Quantized:
+    """Round the linears of the model's FFNs (light or dense) to `to`; with `rest` all others but the output head too.
+
+    group_size: neighbours in a row that share a scale, 0 for whole rows [default: int4 and nf4 64, others 0]. A width
+    that it does not divide gets the largest group that fits; where none does the matrix stays as it is (int8: gets
+    whole rows). scale_dtype: what int4 keeps its scales in [default: the weights' dtype]. `mark_` it before saving.
+    Raises `MissingLibraryError`, `PlanError` or `NothingMatchedError` before anything is changed.
+    """
+    wanted, library = check_format(to, group_size)
+    if low_bit_modules(model):
+        raise PlanError("This model is quantized already.", "Quantize the checkpoint it came from.")
+    low_bits: dict[str, LowBit] = {}
+    left: list[tuple[str, str]] = []
+    for name, width in _targets(model, rest).items():
+        group = fitting_group(to, width, wanted)
+        if group is None:
+            left.append((name, f"no group of 32 to {wanted} divides {width}"))
+        else:
+            low_bits[name] = LowBit(to, group)
+    if not low_bits:
+        raise NothingMatchedError(
+            f"{type(model).__name__} has no matrix that {to} in {_groups(wanted)} fits.", "Give another group size."
+        )
+    before = 0
+    for name in low_bits:
+        layer, _, part = name.rpartition(".cores.")
+        if part and isinstance(phm := model.get_submodule(layer), PHMLinear):
+            phm.split_()
+    for name, held in low_bits.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        before += linear.weight.nbytes
+        model.set_submodule(name, _rounded(linear, held, library, scale_dtype or linear.weight.dtype))
+    after = sum(tensor.nbytes for layer in low_bit_modules(model).values() for tensor in layer.buffers())
+    for layer in low_bit_modules(model).values():
+        layer.pack_()
+    return Quantized(to, wanted, low_bits, left, before, after)
+
+
+def check_format(to: Format, group_size: int | None = None) -> tuple[int, Any]:
+    """The group size that is meant, and the library that rounds to this format.
+
+    Raises `PlanError` for what does not exist, `MissingLibraryError` for what is not installed.
+    """
+    if to not in get_args(Format):
+        raise PlanError(f"There is no format {to!r}.", f"Choose one of {', '.join(get_args(Format))}.")
+    wanted = DEFAULT_GROUP[to] if group_size is None else group_size
+    if wanted and wanted < 32:
+        raise PlanError(f"Groups of {wanted} are too small to save anything.", "Give 32 or more, or 0 for whole rows.")
+    if to == "fp8" and wanted:
+        raise PlanError("fp8 has a scale per row, not per group.", "Leave the group size out.")
+    if to == "nf4" and wanted not in _NF4_GROUPS:
+        raise PlanError(f"nf4 takes groups of 32, 64, 128 or 256, not {wanted}.", "Give one of these.")
+    return wanted, bitsandbytes() if to == "nf4" else _torchao()
+
+
+def _targets(model: nn.Module, rest: bool) -> dict[str, int]:
+    """Names of the linears to round with their input widths; products by the names they have once they are split."""
+    found: dict[str, int] = {}
+    lights = light_modules(model)
+    for name, light in lights.items():
+        if isinstance(light, PHMLinear) and light.cores is None and light.algebra.form == "products":
+            width = light.in_features // light.algebra.n
+            found |= {f"{name}.cores.{r}": width for r in range(light.algebra.size)}
+        found |= {f"{name}.{part}": m.in_features for part, m in light.named_modules() if type(m) is nn.Linear}
+    dense = [name for ffn in find_ffns(model, with_light=True) if ffn.region != "projector" for name in ffn.linears]
+    if rest:
+        dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    for name in dense:
+        module = model.get_submodule(name)
+        if type(module) is nn.Linear and module is not head and name not in found:
+            found[name] = module.in_features
+    return found
+
+
+def _rounded(linear: nn.Linear, held: LowBit, library: Any, scale_dtype: torch.dtype) -> LowBitLinear:
+    """A low-bit linear with the numbers that `library` rounds this one's weight to."""
+    weight, bias = linear.weight, linear.bias is not None
+    made = LowBitLinear(
+        *(linear.in_features, linear.out_features, held, bias), device=weight.device, dtype=weight.dtype
+    )
+    if bias:
+        made.bias = linear.bias
+    group = held.group_size or linear.in_features
+    if held.to == "nf4":
+        data, state = library.functional.quantize_4bit(weight.contiguous(), blocksize=group, quant_type="nf4")
+        made.qdata, made.scale = data.view_as(made.qdata), state.absmax.view_as(made.scale)
+        return made.train(linear.training)
+    if held.to == "int4":
+        made.qdata, made.scale, made.zero_point = _int4(weight, group, library, scale_dtype)
+        return made.train(linear.training)
+    if held.to == "fp8":
+        config = library.Float8WeightOnlyConfig(set_inductor_config=False)
+    else:
+        rows = library.PerGroup(group) if held.group_size else library.PerRow()
+        config = library.Int8WeightOnlyConfig(granularity=rows, set_inductor_config=False, version=2)
+    copy = nn.Linear(1, 1, bias=False, device="meta")
+    copy.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+    library.quantize_(copy, config)
+    rounded = cast(Any, copy.weight)
+    made.qdata, made.scale = rounded.qdata, rounded.scale.view_as(made.scale).float()
+    return made.train(linear.training)
+
+
+def _int4(weight: Tensor, group: int, library: Any, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """qdata, scale and zero point: torchao's asymmetric groups, rounded with the scale as it is
+    stored."""
+    tensor, block, int4 = library.IntxUnpackedToInt8Tensor, (1, group), cast(Any, torch).int4
+    exact = weight.detach().float()
+    found = tensor.from_hp(exact, block, int4, mapping_type=library.MappingType.ASYMMETRIC)
+    scale = found.scale.clamp_min(torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
+    fixed = {"custom_scale": scale.float(), "custom_zero_point": found.zero_point}
+    again = tensor.from_hp(exact, block, int4, intx_choose_qparams_algorithm=None, **fixed)
+    return two_to_a_byte(again.qdata + 8), scale.to(weight.dtype), found.zero_point + 8
+
+
+def _torchao() -> Any:
+    try:
+        return cast(Any, importlib.import_module("torchao.quantization"))
+    except ImportError as error:
+        raise MissingLibraryError(
+            "Rounding to int8, int4 or fp8 needs torchao, which is not installed here.",
+            'pip install "hyperfade[low-bit]".',
+        ) from error
+
+
+def _groups(size: int) -> str:
+    return f"groups of {size}" if size else "rows"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

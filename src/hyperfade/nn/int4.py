@@ -1,0 +1,52 @@
+"""Four-bit numbers in memory: two to a byte, row by row, or as torch's CPU kernel reads them.
+
+A checkpoint holds the first layout only. The second depends on the processor: AVX-512 interleaves blocks of 64 rows,
+AVX2 of 32, others keep pairs of rows. What is packed here is unpacked again at once and compared, so a layout that is
+not one of these is never used.
+"""
+
+import torch
+from torch import Tensor
+
+GROUPS = (256, 128, 64, 32)  # group sizes that the CPU kernel knows
+_BLOCKS = (64, 32)  # rows that a processor interleaves
+_ROWS = 16  # the kernel wants a multiple of these
+
+
+def two_to_a_byte(numbers: Tensor) -> Tensor:
+    """(k, d) integers 0 to 15 → (k, ⌈d/2⌉) bytes, the first number in the low half."""
+    if numbers.shape[1] % 2:
+        numbers = torch.nn.functional.pad(numbers, (0, 1))
+    low, high = numbers.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return low | high << 4
+
+
+def one_to_a_byte(data: Tensor, width: int) -> Tensor:
+    """What `two_to_a_byte` was given, as (k, width) bytes."""
+    return torch.stack([data & 15, data >> 4], 2).flatten(1)[:, :width]
+
+
+def for_the_kernel(numbers: Tensor) -> tuple[Tensor, int] | None:
+    """(k, d) integers 0 to 15 in memory as this processor's kernel reads them, and the rows in a block; None where the
+    kernel does not take this shape, or lays it out in a way that is not known here."""
+    rows, width = numbers.shape
+    if numbers.device.type != "cpu" or rows % _ROWS or width % GROUPS[-1]:
+        return None
+    data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int().contiguous(), 1)
+    for block in _BLOCKS:
+        if torch.equal(from_the_kernel(data, rows, block).T, numbers):
+            return data, block
+    return None
+
+
+def from_the_kernel(data: Tensor, rows: int, block: int) -> Tensor:
+    """The numbers that the kernel reads, transposed: (d, k) bytes."""
+    width = 2 * data.numel() // rows
+    whole = rows // block
+    parts, rest = data.flatten().split([width * whole * block // 2, width * (rows % block) // 2])
+    blocks = parts.view(whole, width, block // 2)
+    columns = [torch.cat([blocks & 15, blocks >> 4], 2).transpose(0, 1).reshape(width, whole * block)]
+    if rest.numel():  # rows that fill no block lie in pairs
+        pairs = rest.view(width, -1)
+        columns.append(torch.stack([pairs & 15, pairs >> 4], 2).flatten(1))
+    return torch.cat(columns, 1)

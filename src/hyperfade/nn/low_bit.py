@@ -1,0 +1,223 @@
+"""The low-bit linear: what a quantizer makes of an `nn.Linear`, as plain tensors that a checkpoint can hold.
+
+    W[k, g] = (qdata[k, g] − zero_point[k, g]) · scale[k, g]         g: a group of neighbours in a row, or the row
+
+    to      qdata                     scale        numbers come from
+    int8    int8 (k, d)               float32      torchao, symmetric
+    int4    two to a byte (k, d/2)    model's      torchao, with zero_point int8
+    fp8     float8_e4m3fn (k, d)      float32      torchao
+    nf4     two to a byte (k, d/2)    float32      bitsandbytes, whose table replaces the integers
+
+torchao's own tensors are not kept in the module: in eager mode they are up to 60 times slower on a CPU than torch's
+kernels for the same numbers, its packed int4 depends on the processor, and a plain state dict needs no second library
+to be read. With few tokens in bfloat16 on a CPU, int8 and int4 run in torch's kernels and wait for their own bytes
+only; everywhere else W is rebuilt for the call.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperfade.errors import MissingLibraryError
+from hyperfade.nn.int4 import GROUPS, for_the_kernel, from_the_kernel, one_to_a_byte, two_to_a_byte
+
+Format = Literal["int8", "int4", "nf4", "fp8"]
+SMALLEST_GROUP = 32  # below, the scales weigh more than the bits they save
+_MOST_KERNEL_TOKENS = {"int8": 16, "int4": 96}  # with more, rebuilding W once is faster
+_KERNEL_STEP = 16  # int8 widths that are no multiples of it make torch's kernel read beyond the end
+
+
+@dataclass(frozen=True)
+class LowBit:
+    """How a matrix is held. group_size: neighbours in a row that share a scale; 0: the whole row."""
+
+    to: Format
+    group_size: int = 0
+
+
+def fitting_group(to: Format, width: int, wanted: int) -> int | None:
+    """The largest group of at most `wanted` that divides `width` (0 asks for whole rows); None where none does.
+
+    int4 prefers what torch's kernel knows; nf4 takes nothing else, as bitsandbytes reads other groups wrongly on a CPU.
+    """
+    if not wanted:
+        return 0
+    if to in ("int4", "nf4"):
+        known = [group for group in GROUPS if group <= wanted and width % group == 0]
+        if known or to == "nf4":
+            return max(known, default=None)
+    fitting = [group for group in range(SMALLEST_GROUP, wanted + 1) if width % group == 0]
+    return max(fitting, default=0 if to == "int8" else None)
+
+
+class LowBitLinear(nn.Module):
+    """y = W x + bias with W in few bits. Input (..., in_features), output (..., out_features), any floating dtype.
+
+    Gradients flow to the input and the bias, not to W.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        held: LowBit,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.held = in_features, out_features, held
+        groups = in_features // held.group_size if held.group_size else 1
+        halved = held.to in ("int4", "nf4")
+        kinds = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+        width = (in_features + 1) // 2 if halved else in_features
+        empty = torch.empty(out_features, width, dtype=kinds.get(held.to, torch.uint8), device=device)
+        scale_dtype = dtype if held.to == "int4" else torch.float32
+        self.qdata: Tensor
+        self.scale: Tensor
+        self.zero_point: Tensor | None
+        self.register_buffer("qdata", empty)
+        self.register_buffer("scale", torch.empty(out_features, groups, dtype=scale_dtype, device=device))
+        zero = torch.empty(out_features, groups, dtype=torch.int8, device=device) if held.to == "int4" else None
+        self.register_buffer("zero_point", zero)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.block: int | None = None  # rows in a block, where qdata and scale are as the CPU kernel reads them
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out_features, in_features), rebuilt at every access."""
+        return self.rebuilt(self.scale.dtype if self.bias is None else self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._kernel(x)
+        if y is None:
+            return F.linear(x, self.rebuilt(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _kernel(self, x: Tensor) -> Tensor | None:
+        """x (..., in_features) times W as (tokens, out_features), in torch's kernel where it is the faster way."""
+        to = self.held.to
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad:
+            return None
+        tokens = x.numel() // self.in_features
+        if not 0 < tokens <= _MOST_KERNEL_TOKENS.get(to, 0):
+            return None
+        rows = x.reshape(tokens, self.in_features).contiguous()
+        if to == "int8":
+            if self.held.group_size or self.in_features % _KERNEL_STEP or self.out_features % _KERNEL_STEP:
+                return None
+            return torch.ops.aten._weight_int8pack_mm(rows, self.qdata, self.scale.flatten().to(x.dtype))
+        if self.block is None:
+            return None
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return kernel(rows, self.qdata, self.held.group_size, self.scale)
+
+    def rebuilt(self, dtype: torch.dtype) -> Tensor:
+        """W (out_features, in_features) in `dtype`."""
+        shape = (self.out_features, self.in_features)
+        if self.held.to == "nf4":
+            functional = bitsandbytes().functional
+            state = functional.QuantState(
+                absmax=self.scale.flatten(),
+                shape=torch.Size(shape),
+                code=functional.get_4bit_type("nf4", device=self.qdata.device),
+                blocksize=self.held.group_size,
+                quant_type="nf4",
+                dtype=dtype,
+            )
+            return functional.dequantize_4bit(self.qdata.view(-1, 1), state)
+        if self.block is not None:
+            numbers = from_the_kernel(self.qdata, self.out_features, self.block)
+            scale, zero = self.scale.to(dtype).unsqueeze(1).unbind(3)  # (groups, 1, k)
+            grouped = numbers.view(len(self.scale), -1, self.out_features).to(dtype)
+            return grouped.sub_(8).mul_(scale).add_(zero).view(self.in_features, self.out_features).T
+        numbers = self.qdata if self.held.to != "int4" else one_to_a_byte(self.qdata, self.in_features)
+        grouped = numbers.view(self.out_features, self.scale.shape[1], -1).to(dtype)
+        if self.zero_point is not None:
+            grouped = grouped - self.zero_point.unsqueeze(2)
+        return (grouped * self.scale.to(dtype).unsqueeze(2)).view(shape)
+
+    @torch.no_grad()
+    def pack_(self) -> None:
+        """Lay int4 out as the CPU kernel reads it, if it takes these groups and this shape in bfloat16."""
+        usable = self.held.to == "int4" and self.scale.dtype == torch.bfloat16 and self.held.group_size in GROUPS
+        if self.block is not None or not usable or self.qdata.device.type != "cpu":
+            return
+        assert self.zero_point is not None
+        found = for_the_kernel(one_to_a_byte(self.qdata, self.in_features))
+        if found is None:
+            return
+        zero = (8 - self.zero_point) * self.scale
+        if torch.equal(_zero_point(self.scale, zero), self.zero_point):  # a scale may be too small to divide by
+            self.qdata, self.block = found
+            self.scale, self.zero_point = torch.stack([self.scale.T, zero.T], 2).contiguous(), None
+
+    @torch.no_grad()
+    def unpack_(self) -> None:
+        """Undo `pack_`, exactly."""
+        if self.block is not None:
+            self.qdata, self.scale, self.zero_point = self._plain()
+            self.block = None
+
+    def _plain(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.block is not None
+        numbers = from_the_kernel(self.qdata, self.out_features, self.block).T
+        scale, zero = (part.T.contiguous() for part in self.scale.unbind(2))
+        return two_to_a_byte(numbers), scale, _zero_point(scale, zero)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.block is not None:
+            for name, tensor in zip(("qdata", "scale", "zero_point"), self._plain(), strict=True):
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack_()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.pack_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowBitLinear":
+        """Devices change, and the dtype of what is computed in; what float8 and float32 hold is not for .to(dtype)."""
+        self.unpack_()
+        kinds = {torch.float8_e4m3fn: torch.uint8, torch.float32: torch.int32}
+        guarded = [name for name in ("qdata", "scale") if self.held.to != "int4" and getattr(self, name).dtype in kinds]
+        before = {name: getattr(self, name).dtype for name in guarded}
+        for name in guarded:
+            setattr(self, name, getattr(self, name).view(kinds[before[name]]))
+        super()._apply(fn, recurse)
+        for name in guarded:
+            setattr(self, name, getattr(self, name).view(before[name]))
+        self.pack_()
+        return self
+
+    def extra_repr(self) -> str:
+        held = self.held
+        groups = f"groups of {held.group_size}" if held.group_size else "rows"
+        return f"{self.in_features}, {self.out_features}, {held.to} by {groups}, bias={self.bias is not None}"
+
+
+def _zero_point(scale: Tensor, zero: Tensor) -> Tensor:
+    """The integer z of zero = (8 − z) · scale."""
+    return (8 - (zero.float() / scale.float()).round()).to(torch.int8)
+
+
+def bitsandbytes() -> Any:
+    """The library. Raises `MissingLibraryError` where it is not installed."""
+    try:
+        return cast(Any, importlib.import_module("bitsandbytes"))
+    except ImportError as error:
+        raise MissingLibraryError(
+            "nf4 needs bitsandbytes, which is not installed here; int8, int4 and fp8 do not.",
+            "pip install bitsandbytes, or quantize to int4.",
+        ) from error
+
+
+def low_bit_modules(model: nn.Module) -> dict[str, LowBitLinear]:
+    """The low-bit linears inside `model` by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
