@@ -263,7 +263,7 @@ def running_out(monkeypatch: pytest.MonkeyPatch, limit: int, after: int = 0) -> 
 
 
 def uneven(numbers: Sequence[int]) -> dict[str, Tensor]:
-    """The toy's batches with one to four answer tokens, so that parts weigh differently."""
+    """The toy's batches with one to three answer tokens, so that parts weigh differently."""
     batch = batch_of(numbers)
     for row, number in enumerate(numbers):
         length = 5 + number % 4

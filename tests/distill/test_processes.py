@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_give_the_losses_of_one(runs: Path, tmp_path: Path) -> None:
-    """Batches of five, so shares differ, with one to four answer tokens. Float32."""
+    """Batches of five, so that shares weigh differently. Float32."""
     student, teacher, _ = swapped()
     distill_(student, teacher, 20, batch_of, recipe(), seed=3, folder=tmp_path)
     one, two = lines(tmp_path), lines(runs / "whole")
