@@ -1,5 +1,7 @@
 """Changing the model: everything is checked first, then modules are replaced in place."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -44,6 +46,7 @@ def swap_(model: nn.Module, plan: Plan) -> None:
             light.bias.data.copy_(linear.bias.data[: swap.spec.out_features])
         light.train(linear.training)
         model.set_submodule(swap.name, BlendLinear(linear, light))
+    _leave_fast_paths_(model, [swap.name for swap in plan.swaps])
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:
@@ -54,6 +57,17 @@ def _as_linear(module: nn.Module) -> nn.Linear:
     linear = nn.Linear(d, k, device="meta").train(module.training)
     linear.weight, linear.bias = nn.Parameter(weight_of(module).detach()), module.bias  # type: ignore[assignment]
     return linear
+
+
+def _leave_fast_paths_(model: nn.Module, names: Iterable[str]) -> None:
+    """Make PyTorch's own encoders call the layers of these names: in inference they would pass `linear1.weight` to one
+    fused kernel and never ask what is there instead."""
+    around = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."} | {""}
+    for module in map(model.get_submodule, around):
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # what it asks before it takes the kernel
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # padded input as the kernel wants it
 
 
 def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
@@ -75,6 +89,7 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
         weight = modules[name].weight
         assert isinstance(weight, torch.Tensor)
         model.set_submodule(name, spec.build(device=weight.device, dtype=weight.dtype))
+    _leave_fast_paths_(model, specs)
 
 
 def blends(model: nn.Module) -> dict[str, BlendLinear]:
