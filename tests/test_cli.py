@@ -73,7 +73,7 @@ def test_help_and_recipes_need_no_heavy_import(arguments: tuple[str, ...]) -> No
 
 
 def test_the_commands_are_these() -> None:
-    assert set(COMMANDS) == {"inspect", "compress", "demo", "evaluate", "benchmark", "recipe"}
+    assert set(COMMANDS) == {"inspect", "compress", "quantize", "export", "demo", "evaluate", "benchmark", "recipe"}
     assert all(command.help for command in COMMANDS.values())
 
 
@@ -339,3 +339,33 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(call: Any, monkeypatch: pyte
     assert code == 130
     assert "Run the same command again to continue" in errors
     assert "Traceback" not in errors
+
+
+# --- few bits, and exports --------------------------------------------------------------------------------------------
+
+
+def test_quantize_then_export_dense(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    low, dense = tmp_path / "int8", tmp_path / "dense"
+    code, out, err = call("quantize", EMBEDDED, "--to", "int8", "--output", str(low))
+    assert (code, err) == (0, "")
+    assert out.startswith("int8 by rows: 12 matrices, ")
+    assert f"{low}: " in out
+    size = (EMBEDDED_FOLDER / "model.safetensors").stat().st_size
+    assert (low / "model.safetensors").stat().st_size < 0.75 * size
+    code, out, err = call("export", str(low), "--to", "dense", "--output", str(dense))
+    assert (code, err) == (0, "")
+    assert "12 matrices materialised" in out
+    assert "saves nothing" in out
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    for arguments in (("quantize", EMBEDDED, "--to", "int4"), ("export", str(low), "--to", "dense")):
+        code, _, err = call(*arguments, "--output", str(low))
+        assert (code, err.splitlines()[0]) == (2, f"Error: {low} exists.")
+
+
+def test_a_format_that_cannot_be_had_is_one_line(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    code, _, err = call("quantize", EMBEDDED, "--to", "nf4", "--output", str(tmp_path / "nf4"))
+    assert code == 2
+    assert "nf4 needs bitsandbytes, which is not installed here; int8, int4 and fp8 do not." in err
+    assert not (tmp_path / "nf4").exists()

@@ -470,3 +470,22 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path:
     assert results["reload_bit_equal"] is True
     left = [path for path in parts.output.rglob("*") if ".partial" in path.name or ".replaced" in path.name]
     assert left == []
+
+
+# --- few bits on top --------------------------------------------------------------------------------------------------
+
+
+def test_a_quantized_run_saves_what_it_measured(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    lines: Lines = []
+    recipe = recipe_for(tmp_path / "out", replace=SMALL, quantize="int4", train={"fade_steps": 1, "polish_steps": 0})
+    results = compress(recipe, lines.append)
+    assert results["reload_bit_equal"] is True
+    assert results["quantized"]["to"] == "int4"
+    assert results["quantized"]["matrices"] == 6 * 4 + 6  # the vision tower's products, and the dense language FFNs
+    assert results["quantized"]["bytes"]["after"] < 0.17 * results["quantized"]["bytes"]["before"]  # float32 before
+    assert results["params_ratio"] == results["parameters"]["compressed"] / results["parameters"]["dense"]
+    assert any(line.startswith("[compressed] int4 by groups of 64: 30 matrices") for line in lines)
+    assert results["disk_bytes"]["compressed"] < 0.5 * results["disk_bytes"]["dense"]
+    model = load(str(recipe.output / "model"))
+    assert {type(layer) for layer in light_modules(model).values()} == {PHMLinear}

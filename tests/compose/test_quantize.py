@@ -97,16 +97,26 @@ def test_int4_scales_are_rounded_before_the_numbers() -> None:
     assert loss < 1.02  # observed 1.000
 
 
+def test_a_shorter_last_group_is_rounded_by_itself() -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = Holder(NarrowLinear(75, 48))
+    exact = model.up_proj.weight.detach().clone()
+    assert quantize_(model, "int4", 32).low_bits["up_proj.core"].group_size == 32
+    wanted = torch.cat([nearest(part, 4) for part in exact.double().split(32, 1)], 1)
+    assert (model.up_proj.weight.double() - wanted).abs().gt(1e-6).double().mean() < 0.01  # observed 0
+
+
 def test_what_a_group_does_not_divide_is_said() -> None:
     pytest.importorskip("torchao")
-    model = nn.ModuleDict({"a": NarrowLinear(96, 64), "b": NarrowLinear(67, 64), "c": NarrowLinear(128, 64)})
+    model = nn.ModuleDict({"a": NarrowLinear(96, 64), "b": NarrowLinear(24, 64), "c": NarrowLinear(128, 64)})
     report = quantize_(model, "int4")
-    assert report.left == [("b.core", "no group of 32 to 64 divides 67")]
+    assert report.left == [("b.core", "narrower than 32")]
     assert report.smaller == {32: ["a.core"]}
     assert list(low_bit_modules(model)) == ["a.core", "c.core"]
     assert report.lines()[1:] == [
         "by groups of 32: a.core",
-        "left as they are, no group of 32 to 64 divides 67: b.core",
+        "left as they are, narrower than 32: b.core",
     ]
 
 

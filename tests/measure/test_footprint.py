@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperfade.measure import disk_bytes, forward_flops, num_parameters, weight_bytes
+from hyperfade.nn import LowBit, LowBitLinear
 
 
 class Map(nn.Module):
@@ -15,7 +16,7 @@ class Map(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(7, 11)
+        self.linear: nn.Module = nn.Linear(7, 11)
         self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,3 +49,16 @@ def test_disk_bytes_are_those_of_the_weight_files_alone(shards: int, tmp_path: P
     expected = sum(len((tmp_path / f"model-{shard}.safetensors").read_bytes()) for shard in range(shards))
     assert disk_bytes(tmp_path) == expected
     assert expected > 400 * shards
+
+
+@pytest.mark.parametrize("held", [LowBit("int8"), LowBit("int4", 32)])
+def test_few_bits_count_like_any_others(held: LowBit) -> None:
+    model = Map().bfloat16()
+    model.linear = LowBitLinear(64, 32, held, bias=True, dtype=torch.bfloat16)
+    for buffer in model.linear.buffers():
+        buffer.zero_()
+    model.linear.scale.fill_(1)
+    model.linear.pack_()
+    assert num_parameters(model) == 64 * 32 + 32
+    for tokens in (5, 200):  # in torch's kernel, and rebuilt
+        assert forward_flops(model, {"x": torch.zeros(tokens, 64, dtype=torch.bfloat16)}) == 2 * tokens * 64 * 32

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
@@ -26,6 +27,7 @@ from hyperfade.nn import (
     low_bit_modules,
 )
 from hyperfade.nn.int4 import two_to_a_byte
+from hyperfade.nn.low_bit import SMALLEST_GROUP
 from hyperfade.surgery import find_ffns
 
 DEFAULT_GROUP = {"int8": 0, "int4": 64, "nf4": 64, "fp8": 0}  # 0: whole rows
@@ -75,8 +77,8 @@ def quantize_(
     """Round the linears of the model's FFNs (light or dense) to `to`; with `rest` all others but the output head too.
 
     group_size: neighbours in a row that share a scale, 0 for whole rows [default: int4 and nf4 64, others 0]. A width
-    that it does not divide gets the largest group that fits; where none does the matrix stays as it is (int8: gets
-    whole rows). scale_dtype: what int4 keeps its scales in [default: the weights' dtype]. `mark_` it before saving.
+    that it does not divide gets what `fitting_group` finds, or the matrix stays as it is; the report says which.
+    scale_dtype: what int4 keeps its scales in [default: the weights' dtype]. `mark_` the model before saving it.
     Raises `MissingLibraryError`, `PlanError` or `NothingMatchedError` before anything is changed.
     """
     wanted, library = check_format(to, group_size)
@@ -87,7 +89,8 @@ def quantize_(
     for name, width in _targets(model, rest).items():
         group = fitting_group(to, width, wanted)
         if group is None:
-            left.append((name, f"no group of 32 to {wanted} divides {width}"))
+            why = f"narrower than {SMALLEST_GROUP}" if width < SMALLEST_GROUP else f"no known group divides {width}"
+            left.append((name, why))
         else:
             low_bits[name] = LowBit(to, group)
     if not low_bits:
@@ -180,12 +183,13 @@ def _int4(weight: Tensor, group: int, library: Any, scale_dtype: torch.dtype) ->
     """qdata, scale and zero point: torchao's asymmetric groups, rounded with the scale as it is
     stored."""
     tensor, block, int4 = library.IntxUnpackedToInt8Tensor, (1, group), cast(Any, torch).int4
-    exact = weight.detach().float()
+    width = weight.shape[1]
+    exact = F.pad(weight.detach().float(), (0, -width % group))  # zeros, which never set a group's extremes
     found = tensor.from_hp(exact, block, int4, mapping_type=library.MappingType.ASYMMETRIC)
     scale = found.scale.clamp_min(torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
     fixed = {"custom_scale": scale.float(), "custom_zero_point": found.zero_point}
     again = tensor.from_hp(exact, block, int4, intx_choose_qparams_algorithm=None, **fixed)
-    return two_to_a_byte(again.qdata + 8), scale.to(weight.dtype), found.zero_point + 8
+    return two_to_a_byte(again.qdata[:, :width] + 8), scale.to(weight.dtype), found.zero_point + 8
 
 
 def _torchao() -> Any:

@@ -217,7 +217,8 @@ def install_low_bit_(model: nn.Module, low_bits: dict[str, LowBit]) -> None:
     modules = dict(model.named_modules())
     for name, held in low_bits.items():
         linear = modules.get(name)
-        if type(linear) is not nn.Linear or (held.group_size and linear.in_features % held.group_size):
+        ragged = held.group_size and held.to != "int4"
+        if type(linear) is not nn.Linear or (ragged and linear.in_features % held.group_size):
             raise CheckpointError(
                 f"config.json has {name} in {held.to} by groups of {held.group_size}; the model has {linear} there.",
                 AGAIN,

@@ -34,25 +34,31 @@ _KERNEL_STEP = 16  # int8 widths that are no multiples of it make torch's kernel
 
 @dataclass(frozen=True)
 class LowBit:
-    """How a matrix is held. group_size: neighbours in a row that share a scale; 0: the whole row."""
+    """How a matrix is held. group_size: neighbours in a row that share a scale, 0 for the whole row; the last group of
+    an int4 row may be shorter."""
 
     to: Format
     group_size: int = 0
 
 
 def fitting_group(to: Format, width: int, wanted: int) -> int | None:
-    """The largest group of at most `wanted` that divides `width` (0 asks for whole rows); None where none does.
+    """The group of at most `wanted` for rows of `width` numbers (0 asks for whole rows); None where none fits.
 
-    int4 prefers what torch's kernel knows; nf4 takes nothing else, as bitsandbytes reads other groups wrongly on a CPU.
+    The largest that divides the width; for int4 and nf4 of those that kernels know. Where none of these divides, int4
+    takes the one with the fewest bits and lets the last group of a row be shorter, int8 takes whole rows, and nf4 none:
+    bitsandbytes reads other groups wrongly on a CPU.
     """
     if not wanted:
         return 0
-    if to in ("int4", "nf4"):
-        known = [group for group in GROUPS if group <= wanted and width % group == 0]
-        if known or to == "nf4":
-            return max(known, default=None)
-    fitting = [group for group in range(SMALLEST_GROUP, wanted + 1) if width % group == 0]
-    return max(fitting, default=0 if to == "int8" else None)
+    if to == "int8":
+        return max((group for group in range(SMALLEST_GROUP, wanted + 1) if width % group == 0), default=0)
+    known = [group for group in GROUPS if group <= wanted]
+    dividing = [group for group in known if width % group == 0]
+    if dividing:
+        return max(dividing)
+    if to == "nf4" or width < SMALLEST_GROUP:
+        return None
+    return min(known, key=lambda group: -(-width // group) * (4 * group + 24))  # scale and zero point take 24 bits
 
 
 class LowBitLinear(nn.Module):
@@ -72,7 +78,7 @@ class LowBitLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.held = in_features, out_features, held
-        groups = in_features // held.group_size if held.group_size else 1
+        groups = -(-in_features // held.group_size) if held.group_size else 1
         halved = held.to in ("int4", "nf4")
         kinds = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
         width = (in_features + 1) // 2 if halved else in_features
@@ -115,8 +121,9 @@ class LowBitLinear(nn.Module):
             return torch.ops.aten._weight_int8pack_mm(rows, self.qdata, self.scale.flatten().to(x.dtype))
         if self.block is None:
             return None
-        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return kernel(rows, self.qdata, self.held.group_size, self.scale)
+        missing = len(self.scale) * self.held.group_size - self.in_features
+        rows = F.pad(rows, (0, missing)) if missing else rows
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.qdata, self.held.group_size, self.scale)
 
     def rebuilt(self, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) in `dtype`."""
@@ -136,12 +143,12 @@ class LowBitLinear(nn.Module):
             numbers = from_the_kernel(self.qdata, self.out_features, self.block)
             scale, zero = self.scale.to(dtype).unsqueeze(1).unbind(3)  # (groups, 1, k)
             grouped = numbers.view(len(self.scale), -1, self.out_features).to(dtype)
-            return grouped.sub_(8).mul_(scale).add_(zero).view(self.in_features, self.out_features).T
+            return grouped.sub_(8).mul_(scale).add_(zero).flatten(0, 1)[: self.in_features].T
         numbers = self.qdata if self.held.to != "int4" else one_to_a_byte(self.qdata, self.in_features)
-        grouped = numbers.view(self.out_features, self.scale.shape[1], -1).to(dtype)
+        grouped = _whole_groups(numbers, self.held.group_size).unflatten(1, (self.scale.shape[1], -1)).to(dtype)
         if self.zero_point is not None:
             grouped = grouped - self.zero_point.unsqueeze(2)
-        return (grouped * self.scale.to(dtype).unsqueeze(2)).view(shape)
+        return (grouped * self.scale.to(dtype).unsqueeze(2)).flatten(1)[:, : self.in_features]
 
     @torch.no_grad()
     def pack_(self) -> None:
@@ -150,7 +157,8 @@ class LowBitLinear(nn.Module):
         if self.block is not None or not usable or self.qdata.device.type != "cpu":
             return
         assert self.zero_point is not None
-        found = for_the_kernel(one_to_a_byte(self.qdata, self.in_features))
+        numbers = one_to_a_byte(self.qdata, self.in_features)
+        found = for_the_kernel(_whole_groups(numbers, self.held.group_size))
         if found is None:
             return
         zero = (8 - self.zero_point) * self.scale
@@ -167,7 +175,7 @@ class LowBitLinear(nn.Module):
 
     def _plain(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.block is not None
-        numbers = from_the_kernel(self.qdata, self.out_features, self.block).T
+        numbers = from_the_kernel(self.qdata, self.out_features, self.block).T[:, : self.in_features]
         scale, zero = (part.T.contiguous() for part in self.scale.unbind(2))
         return two_to_a_byte(numbers), scale, _zero_point(scale, zero)
 
@@ -200,6 +208,12 @@ class LowBitLinear(nn.Module):
         held = self.held
         groups = f"groups of {held.group_size}" if held.group_size else "rows"
         return f"{self.in_features}, {self.out_features}, {held.to} by {groups}, bias={self.bias is not None}"
+
+
+def _whole_groups(numbers: Tensor, group_size: int) -> Tensor:
+    """(k, d) with zeros behind, until d is a multiple of the group size."""
+    missing = -numbers.shape[1] % group_size if group_size else 0
+    return F.pad(numbers, (0, missing)) if missing else numbers
 
 
 def _zero_point(scale: Tensor, zero: Tensor) -> Tensor:
