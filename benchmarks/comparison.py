@@ -78,7 +78,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[
 
 def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Recipe:
     """The whole recipe of a cell: what all of them share, and its own part."""
-    shared_train = {"batch_size": args.batch_size, "mixed_precision": "bf16", "checkpoint_every": 50, "temperature": 1}
+    shared_train = {"checkpoint_every": 50, "temperature": 1, "group_by_length": True}
     shared_fit = {"samples": args.calibration, "batch_size": args.batch_size, "prefix": "dense", "sweeps": 6}
     return Recipe.parse(
         {

@@ -87,14 +87,16 @@ it. It is a measuring instrument, not a product.
 
     make reference    # fetches the packages, makes data and model in runs/reference; the training below is not repeated
 
-`adapter.safetensors` is what training added: the projector, and LoRA on every linear of both towers, of rank
-{training["rank"]} in the language model and {training["vision_rank"]} in the vision tower, in int8. `train.py` (seed
-{training["seed"]}) made it in {training["seeing_steps"]} steps of {training["seeing_batch"]} images for the vision
-tower alone, {training["projector_steps"]} for the projector and {training["steps"]} of {training["batch"]}
-conversations for all, of {training["examples"]:,} there are. It is rounded before it is merged, so that everyone gets
-the same model.
+`adapter.safetensors` is what training added: the projector, and LoRA on every linear of both towers, of rank {training["rank"]} in
+the language model and {training["vision_rank"]} in the vision tower, in int8. `train.py` (seed {training["seed"]}) made it in {training["seeing_steps"]} steps of {training["seeing_batch"]} images
+for the vision tower alone, {training["projector_steps"]} for the projector and {training["steps"]} of {training["batch"]} conversations for all. It is rounded before
+it is merged, so that everyone gets the same model.
 
 ## Quality
+
+It reads, and it is blind to colours and guesses at pictures: the questions about one image were one conversation in its
+training, and later answers could be copied from earlier ones (the [log](../../docs/log.md)). `train.py --adapter
+adapter.safetensors` goes on from here; until then only its reading tells compression methods apart.
 
 Greedy answers to test examples: no test image, nor a near-duplicate of one, was trained on.
 

@@ -4,7 +4,7 @@
 
 CACHE holds the unpacked packages: `openclipart/` (Debian openclipart-png and -svg), `emoji/` (npm
 emoji-datasource-google) and `fonts/` (Debian fonts). OUTPUT gets `train.jsonl`, `validation.jsonl`, `test.jsonl` and
-`images/`. The same seed writes the same lines. In training, questions about one image are one conversation.
+`images/`. The same seed writes the same lines.
 """
 
 import argparse
@@ -54,7 +54,6 @@ SIZES = {
     "test": Sizes(1_500, 1_000, 1_500),
 }
 EASY_VQA_VALIDATION_IMAGES = 300
-QUESTIONS_AN_IMAGE = 4  # in one row of the training data
 
 
 def row(image: str, question: str, references: Iterable[str], task: str, kind: str) -> dict:
@@ -161,31 +160,6 @@ def caption_rows(pictures: list[Picture], count: int, seed: str, *, repeat: bool
             break
 
 
-def joined(rows: list[dict], most: int) -> list[dict]:
-    """Rows about one image as one conversation of at most `most` questions, in the place of the first.
-
-    An image is most of a row's tokens, and every answer trains.
-    """
-    conversations: dict[str, list[list[dict]]] = {}
-    order: list[list[dict]] = []
-    for one in rows:
-        own = conversations.setdefault(one["images"][0], [])
-        if not own or len(own[-1]) == most:
-            own.append([])
-            order.append(own[-1])
-        own[-1].append(one)
-    return [turns[0] if len(turns) == 1 else _conversation(turns) for turns in order]
-
-
-def _conversation(turns: list[dict]) -> dict:
-    """One row whose messages are those of `turns`, with the image before the first question alone."""
-    messages = list(turns[0]["messages"])
-    for turn in turns[1:]:
-        asked, answered = turn["messages"]
-        messages += [{**asked, "content": [part for part in asked["content"] if part["type"] == "text"]}, answered]
-    return {"messages": messages, "images": turns[0]["images"]}
-
-
 def build(cache: Path, output: Path, seed: int = 0, sizes: dict[str, Sizes] = SIZES) -> dict[str, int]:
     """Writes the data set to `output` and returns counts of what was left out and of the rows per kind."""
     output.mkdir(parents=True, exist_ok=True)
@@ -229,12 +203,10 @@ def build(cache: Path, output: Path, seed: int = 0, sizes: dict[str, Sizes] = SI
             chance = random.Random(f"rows {label}")
             rows += [row(name, chance.choice(QUESTIONS), [text.answer], "reading", text.kind) for name, text in texts]
             chance.shuffle(rows)
-            counts.update(f"{split} {one['task']} {one['kind']}" for one in rows)
-            if split == "train":
-                rows = joined(rows, QUESTIONS_AN_IMAGE)
             drawn.update(name for one in rows for name in one["images"])
             lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
             (output / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+            counts.update(f"{split} {one['task']} {one['kind']}" for one in rows)
     counts["words seen"], counts["words unseen"] = len(seen), len(unseen)
     for picture in pictures:
         if f"images/{picture.name}.png" not in drawn:

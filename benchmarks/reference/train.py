@@ -10,7 +10,7 @@ text, gets more of it.
 
 On a CPU, bind the threads to its cores (OMP_PROC_BIND=true OMP_PLACES=cores): where the system put two threads on one
 core, matrix products ran at half their speed. On two cores (AVX512-bf16) stage 1 takes a second a step of 64 images,
-stage 3 about 4 seconds a step of 32 conversations of 110 tokens.
+stage 3 three to four seconds a step of 32 samples of 86 tokens.
 
 Only positions that predict an answer's token go through the output layer: 49,152 words at every position of a sample
 cost as much as eight of the language model's 30 layers.
@@ -99,8 +99,6 @@ class Stage:
     count: int
     batch_of: Callable[[Sequence[int]], dict[str, Tensor]]
     batch_size: int
-    accumulation: int = 1
-    length_of: Callable[[int], int] | None = None
 
 
 def run_(student: Any, stage: Stage, args: argparse.Namespace, seed: int) -> None:
@@ -109,7 +107,6 @@ def run_(student: Any, stage: Stage, args: argparse.Namespace, seed: int) -> Non
         fade_steps=0,
         polish_steps=stage.steps,
         batch_size=stage.batch_size,
-        accumulation=stage.accumulation,
         dense_learning_rate=args.learning_rate,
         warmup_fraction=args.warmup,
         kd_weight=0,
@@ -123,17 +120,7 @@ def run_(student: Any, stage: Stage, args: argparse.Namespace, seed: int) -> Non
 
     folder, line = args.output / stage.name, progress(stage.name, stage.steps, args.log_every)
     # with kd_weight 0 a teacher is never called
-    distill_(
-        student,
-        student,
-        stage.count,
-        placed,
-        recipe,
-        seed=seed,
-        folder=folder,
-        on_step=line,
-        length_of=stage.length_of,
-    )
+    distill_(student, student, stage.count, placed, recipe, seed=seed, folder=folder, on_step=line)
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -147,15 +134,11 @@ def train(args: argparse.Namespace) -> Path:
     source = open_source(str(args.train), needs_images=True)
     collator = Collator(processor, max_tokens=MAX_TOKENS)
 
-    def conversations(numbers: Sequence[int]) -> dict[str, Tensor]:
+    def samples(numbers: Sequence[int]) -> dict[str, Tensor]:
         return answers_only(collator.training_batch([source[number] for number in numbers]))
 
-    def num_messages(number: int) -> int:
-        return len(source[number].messages)
-
     def of_answers(name: str, steps: int) -> Stage:
-        accumulation = args.batch // args.at_once
-        return Stage(name, steps, len(source), conversations, args.at_once, accumulation, num_messages)
+        return Stage(name, steps, len(source), samples, args.batch)
 
     torch.manual_seed(args.seed)
     add_lora_(model, args.rank, args.vision_rank)
@@ -198,8 +181,7 @@ def main() -> None:
     add("--seeing-batch", type=int, default=64, help="images a step of stage 1")
     add("--projector-steps", type=int, default=40, help="steps of stage 2, projector alone")
     add("--steps", type=int, default=700, help="steps of stage 3, projector and all LoRA")
-    add("--batch", type=int, default=32, help="conversations a step of stages 2 and 3")
-    add("--at-once", type=int, default=16, help="of these conversations, so many in a forward pass, of like length")
+    add("--batch", type=int, default=32, help="samples a step of stages 2 and 3")
     add("--rank", type=int, default=3, help="rank of LoRA in the language model")
     add("--vision-rank", type=int, default=10, help="rank of LoRA in the vision tower")
     add("--learning-rate", type=float, default=1.5e-3, help="peak learning rate of every stage")

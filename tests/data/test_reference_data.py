@@ -88,56 +88,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
-    output, single = tmp_path_factory.mktemp("built"), []
-    joined = data.joined
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(data, "joined", lambda rows, most: joined(single.extend(rows) or rows, most))
-        counts = data.build(cache, output, sizes=SIZES)
+def built(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("built")
+    counts = data.build(cache, output, sizes=SIZES)
     assert counts["blank"] == 1
-    return output, single
-
-
-@pytest.fixture(scope="module")
-def built(made: tuple[Path, list[dict]]) -> Path:
-    """The folder of the data set."""
-    return made[0]
-
-
-@pytest.fixture(scope="module")
-def single(made: tuple[Path, list[dict]]) -> list[dict]:
-    """The training rows before those about one image are joined."""
-    return made[1]
+    return output
 
 
 def rows(built: Path, split: str) -> list[dict]:
     return [json.loads(line) for line in (built / f"{split}.jsonl").read_text().splitlines()]
-
-
-def test_questions_about_one_image_are_one_conversation(built: Path, single: list[dict]) -> None:
-    together = rows(built, "train")
-
-    def turns(row: dict) -> list[tuple[str, str]]:
-        asked = [m["content"][-1]["text"] for m in row["messages"][::2]]
-        return list(zip(asked, [m["content"] for m in row["messages"][1::2]], strict=True))
-
-    def by_image(lines: list[dict]) -> dict[str, list[tuple[str, str]]]:
-        found: dict[str, list[tuple[str, str]]] = {}
-        for line in lines:
-            found.setdefault(line["images"][0], []).extend(turns(line))
-        return found
-
-    assert by_image(together) == by_image(single)
-    lengths = [len(turns(line)) for line in together]
-    assert max(lengths) == data.QUESTIONS_AN_IMAGE
-    assert len(together) < 0.9 * len(single)  # observed: 0.80, and 0.57 in the whole set
-    for line in together:
-        assert [[part["type"] for part in m["content"]].count("image") for m in line["messages"][::2]] == [
-            1,
-            *[0] * (len(line["messages"]) // 2 - 1),
-        ]
-    source = open_source(str(built / "train.jsonl"), needs_images=True)
-    assert [len(example.messages) for example in source] == [2 * length for length in lengths]
 
 
 def test_the_same_seed_writes_the_same_bytes(cache: Path, built: Path, tmp_path: Path) -> None:
@@ -149,7 +108,7 @@ def test_the_same_seed_writes_the_same_bytes(cache: Path, built: Path, tmp_path:
     assert (built / "train.jsonl").read_bytes() != (tmp_path / "train.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("split", SIZES)
 def test_rows_can_be_read_and_have_their_images(built: Path, split: str) -> None:
     source = open_source(str(built / f"{split}.jsonl"), needs_images=True)
     for example in source:
@@ -162,9 +121,8 @@ def test_rows_can_be_read_and_have_their_images(built: Path, split: str) -> None
         assert all(line["references"])
 
 
-def test_every_kind_is_there(built: Path, single: list[dict]) -> None:
-    lines = {split: rows(built, split) for split in SIZES} | {"train": single}
-    kinds = {split: {(row["task"], row["kind"]) for row in lines[split]} for split in SIZES}
+def test_every_kind_is_there(built: Path) -> None:
+    kinds = {split: {(row["task"], row["kind"]) for row in rows(built, split)} for split in SIZES}
     asked = {f"{source}-{kind}" for source in ("emoji", "drawing") for kind in ("yes/no", "choice", "category")}
     for split in SIZES:
         # so small a cache has too few pictures, and so few rows too few colours, for some
@@ -192,8 +150,9 @@ def test_no_image_and_no_group_is_in_two_splits(cache: Path, built: Path) -> Non
     )
 
 
-def test_unseen_words_are_never_drawn_in_training(built: Path, single: list[dict]) -> None:
-    trained = {word.lower() for line in single if line["task"] == "reading" for word in line["references"]}
+def test_unseen_words_are_never_drawn_in_training(built: Path) -> None:
+    train = rows(built, "train")
+    trained = {word.lower() for line in train if line["task"] == "reading" for word in line["references"]}
     trained |= {word for text in trained for word in text.split()}
     tested = rows(built, "test")
     unseen = {line["references"][0].lower() for line in tested if line["kind"] == "word-unseen"}
@@ -204,9 +163,9 @@ def test_unseen_words_are_never_drawn_in_training(built: Path, single: list[dict
     assert seen <= trained
 
 
-def test_choices_hold_the_answer_once_and_yes_is_as_frequent_as_no(single: list[dict]) -> None:
+def test_choices_hold_the_answer_once_and_yes_is_as_frequent_as_no(built: Path) -> None:
     answers = []
-    for line in single:
+    for line in rows(built, "train"):
         question, answer = line["messages"][0]["content"][1]["text"], line["references"][0]
         if line["kind"].endswith(("-choice", "-category")):
             options = question.split(": ")[-1].rstrip(".?").replace(" or ", ", ").split(", ")

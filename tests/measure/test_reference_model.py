@@ -291,7 +291,7 @@ def test_a_run_continues_and_ends_in_a_model(
 
     def run(folder: Path) -> None:
         options = {"--model": tmp_path / "untrained", "--output": folder, "--train": train_file, "--batch": 2}
-        options |= {"--cache": tmp_path, "--at-once": 1, "--seeing-steps": 2, "--seeing-batch": 4}
+        options |= {"--cache": tmp_path, "--seeing-steps": 2, "--seeing-batch": 4}
         options |= {"--projector-steps": 2, "--steps": 3, "--checkpoint-every": 1}
         monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in options.items() for word in pair)])
         train.main()
