@@ -39,7 +39,7 @@ def _made(model: Any) -> Any:
 
 
 def _phi() -> Any:
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return _made(Phi3ForCausalLM(Phi3Config(**_SMALL, **special, vocab_size=64, num_key_value_heads=2)))
 
 
@@ -214,3 +214,23 @@ def test_an_audio_tower_is_left_alone_until_a_pattern_names_it() -> None:
     assert {name for name, _ in the_plan.kept} == {"audio_tower.fc1", "audio_tower.fc2"}
     asked = Replace(language=None, patterns=("audio_tower.fc1",), other=Layer(n=2))
     assert [s.name for s in plan(model, asked).swaps] == ["audio_tower.fc1"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_pytorchs_own_encoder_calls_what_took_its_matrices_place(padded: bool) -> None:
+    """In inference it has a kernel that reads `linear1.weight` itself."""
+    layer = nn.TransformerEncoderLayer(16, 2, 40, batch_first=True)
+    model = _made(nn.TransformerEncoder(layer, 2))
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False, False, False, True, True]])
+    options = {"src_key_padding_mask": mask} if padded else {}
+    with torch.no_grad():
+        dense = model(x, **options)
+        swap_(model, plan(model, Replace(language=Layer(n=2))))
+        swapped = model(x, **options)
+        set_alpha_(model, 1.0)
+        light = model(x, **options)
+    with torch.enable_grad():
+        asked = model(x.clone().requires_grad_(), **options)
+    torch.testing.assert_close(swapped[~mask], dense[~mask], atol=1e-5, rtol=1e-5)  # observed: 5e-7
+    torch.testing.assert_close(light[~mask], asked[~mask], atol=1e-5, rtol=1e-5)  # observed: 0
+    assert (light - swapped)[~mask].abs().max() > 0.1
