@@ -105,7 +105,7 @@ def test_no_arguments_print_help(call: Any) -> None:
         (("compress", "--set", "train.batch_size.x=5"), "there is no section 'train.batch_size'"),
         (("compress", "--set", "train.learning_rate=fast"), "train.learning_rate"),
         (("compress", "--set", "train.polish_steps"), "--set train.polish_steps"),
-        (("compress", "--set", "train.train_also=[a"), "is not a YAML value"),
+        (("compress", "--set", "train.train_also=[a"), "is not YAML"),
         (("compress", "--seed", "-1"), "seed"),
         (("inspect", "no/such/model"), "Cannot load 'no/such/model'"),
         (("inspect", EMBEDDED, "--bits", "12"), "--bits 12 is not a multiple of 8"),
