@@ -1,5 +1,6 @@
 """The command line: thin commands over the library. They import what is heavy themselves, so `--help` is instant."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -199,8 +200,6 @@ def evaluate(
             f"{flag} {'needs' if tasks is None else 'cannot be given together with'} --tasks.",
             "Use --data for examples of your own, --tasks for those of lm-evaluation-harness.",
         )
-    import logging
-
     from hyperfade.hub import load, load_processor
     from hyperfade.measure import device, machine, run_tasks, write_answers
     from hyperfade.measure import evaluate as measure
@@ -387,6 +386,8 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may stand anywhere
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for loader in ("torchao", "torch.utils._pytree"):  # on import torchao names every GPU kernel that a CPU lacks
+        logging.getLogger(loader).setLevel(logging.ERROR)
     try:
         app()
     except HyperfadeError as error:
