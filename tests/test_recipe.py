@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from hyperfade.errors import RecipeError
-from hyperfade.recipe import SHIPPED_RECIPES, Fit, Layer, Recipe, Replace, Rival, Rule, Train, describe
+from hyperfade.recipe import SHIPPED_RECIPES, Fit, Layer, Quantize, Recipe, Replace, Rival, Rule, Train, describe
 
 SHIPPED = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 
@@ -215,6 +215,7 @@ def test_describe_lists_every_key_of_every_section_with_its_meaning() -> None:
     for section in ("replace", "fit", "train", "data"):
         expected |= keys(type(getattr(Recipe(), section)), f"{section}.")
     expected |= keys(Layer, "replace.language.") | keys(Rule, "replace.rules[].") | keys(Rival, "rivals.NAME.")
+    expected |= keys(Quantize, "quantize.")
     assert set(described) == expected
 
 
@@ -294,3 +295,11 @@ def test_a_width_and_another_fits_rival_go_together(prefix: str) -> None:
 def test_keys_of_widths_and_attention_take_what_there_is(fields: Any, key: str) -> None:
     with pytest.raises(RecipeError, match=rf"recipe: {key}: "):
         Recipe.parse(fields)
+
+
+def test_a_word_is_a_format() -> None:
+    word, section = Recipe.parse({"quantize": "int4"}), Recipe.parse({"quantize": {"to": "int4"}})
+    assert word == section
+    assert Recipe.parse(yaml.safe_load(word.to_yaml())) == word
+    with pytest.raises(RecipeError, match=r"quantize\.to"):
+        Recipe.parse({"quantize": "int3"})
