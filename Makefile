@@ -37,7 +37,7 @@ reference: $(INSTALLED)
 	$(BIN)/python benchmarks/reference/data.py runs/reference/cache runs/reference/data
 	$(BIN)/python benchmarks/reference/adapter.py
 
-# docs/results.md; cell by cell, and goes on with what is missing when repeated. TEXT: a folder with WikiText-2's
+# docs/results.md and docs/quantization.md; cell by cell, and goes on with what is missing when repeated. TEXT: a folder with WikiText-2's
 # valid.txt and test.txt
 TEXT ?= wikitext-2
 benchmark-quality: reference
@@ -45,6 +45,8 @@ benchmark-quality: reference
 	$(BIN)/python benchmarks/perplexity.py --text $(TEXT)
 	$(BIN)/python benchmarks/comparison.py
 	$(BIN)/python benchmarks/comparison_report.py
+	$(BIN)/python benchmarks/quantization.py --text $(TEXT)
+	$(BIN)/python benchmarks/quantization_report.py
 
 # docs/speed.md on this processor; each step stops after its --minutes, and goes on with what is missing when repeated
 benchmark-speed: $(INSTALLED)
