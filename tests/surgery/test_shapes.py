@@ -71,7 +71,7 @@ def test_hidden_units_of_a_fused_reader_move_with_both_halves() -> None:
     for ffn in find_ffns(model):
         linears = {name: model.get_submodule(name) for name in ffn.linears}
         permute_hidden_(linears, ffn, torch.randperm(40, generator=torch.Generator().manual_seed(3)))
-    torch.testing.assert_close(_logits(model), before, atol=1e-5, rtol=1e-5)  # observed: 5e-7
+    torch.testing.assert_close(_logits(model), before, atol=1e-5, rtol=1e-5)  # observed: 8e-7
 
 
 def test_a_fused_ffn_loses_hidden_units_like_one_whose_writer_reads_zeros() -> None:
@@ -91,7 +91,7 @@ def test_a_fused_ffn_loses_hidden_units_like_one_whose_writer_reads_zeros() -> N
         kept = (blends(model)[name].dense.weight.T[:, None] == whole.T[None]).all(-1).any(0)
         assert kept.sum() == writer.spec.in_features
         reference.get_submodule(name).weight.mul_(kept)
-    torch.testing.assert_close(_logits(model), _logits(reference), atol=1e-5, rtol=1e-5)  # observed: 6e-7
+    torch.testing.assert_close(_logits(model), _logits(reference), atol=1e-5, rtol=1e-5)  # observed: 7e-7
 
 
 def test_transposed_weights_are_read_the_right_way_round(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_transposed_weights_are_read_the_right_way_round(tmp_path: Path) -> None
     address = model.get_submodule(names[0]).weight.data_ptr()
     swap_(model, the_plan)
     assert blends(model)[names[0]].dense.weight.data_ptr() == address  # the teacher shares it
-    torch.testing.assert_close(_logits(model), before, atol=1e-5, rtol=1e-5)  # observed: 2e-7
+    torch.testing.assert_close(_logits(model), before, atol=1e-5, rtol=1e-5)  # observed: 0
     fit_(model, the_plan, [{"input_ids": _IDS}], Fit())
     set_alpha_(model, 1.0)
     fold_(model)
@@ -231,6 +231,6 @@ def test_pytorchs_own_encoder_calls_what_took_its_matrices_place(padded: bool) -
         light = model(x, **options)
     with torch.enable_grad():
         asked = model(x.clone().requires_grad_(), **options)
-    torch.testing.assert_close(swapped[~mask], dense[~mask], atol=1e-5, rtol=1e-5)  # observed: 5e-7
-    torch.testing.assert_close(light[~mask], asked[~mask], atol=1e-5, rtol=1e-5)  # observed: 0
+    torch.testing.assert_close(swapped[~mask], dense[~mask], atol=1e-5, rtol=1e-5)  # observed: 9e-7
+    torch.testing.assert_close(light[~mask], asked[~mask], atol=1e-5, rtol=1e-5)  # observed: 1e-6; the kernel: 3.5
     assert (light - swapped)[~mask].abs().max() > 0.1

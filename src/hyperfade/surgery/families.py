@@ -223,8 +223,8 @@ def _region(modules: dict[str, nn.Module], name: str) -> Region:
         if not name:
             return region
         name = name.rpartition(".")[0]
-    takes = modules[name].input_modalities
-    return "vision" if set((takes,) if isinstance(takes, str) else takes) <= {"image", "video"} else region
+    takes: str | list[str] | tuple[str, ...] = modules[name].input_modalities  # type: ignore[assignment]
+    return "vision" if {*([takes] if isinstance(takes, str) else takes)} <= {"image", "video"} else region
 
 
 def region_of(name: str) -> Region:
