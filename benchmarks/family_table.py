@@ -31,7 +31,7 @@ WHY = {
     "llama4": "its forward fails in this version of transformers, dense as well; its FFNs are found",
     "perception_lm": _TIMM,
     "pi0": "it gives actions of a robot, no text; its FFNs are found",
-    "shieldgemma2": "transformers renames its weights when saving and does not find them again, dense as well",
+    "shieldgemma2": "transformers renames its weights when saving and does not give the dense model back either",
 }
 """Why a family fails, where the message of what failed does not tell."""
 _REGIONS = ("language", "vision", "projector", "other")
@@ -95,7 +95,7 @@ def page(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} | {family['reason']} |")
     lines += ["", "## What does not", "", "| model type | class | reason |", "| --- | --- | --- |"]
     for family in failed:
-        reason = WHY.get(family["model_type"], family["reason"])
+        reason = str(WHY.get(family["model_type"], family["reason"]))
         lines.append(f"| {family['model_type']} | {family['class_name']} | {reason.replace('|', '¦')} |")
     return "\n".join(lines) + "\n"
 

@@ -61,10 +61,10 @@ def experts(config: Any, shared: int, dense: int | None = None) -> Part:
     """Gated shared experts of `shared` units in the sparse layers, gated FFNs in the `dense` others."""
     t = text(config)
     kinds = getattr(t, "mlp_layer_types", None) or []
-    dense = kinds.count("dense") if dense is None else dense
-    sparse = t.num_hidden_layers - dense
-    number = dense + (sparse if shared else 0)
-    return number, 3 * t.hidden_size * (dense * t.intermediate_size + sparse * shared)
+    own: int = kinds.count("dense") if dense is None else dense
+    sparse = t.num_hidden_layers - own
+    number = own + (sparse if shared else 0)
+    return number, 3 * t.hidden_size * (own * t.intermediate_size + sparse * shared)
 
 
 def shared_alone(config: Any, shared: int) -> Part:

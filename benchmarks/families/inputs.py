@@ -68,7 +68,7 @@ def image_of(model: Any, model_type: str) -> Batch:
         size = 3 * getattr(vision, "patch_size", PATCH) ** 2
         places = torch.cartesian_prod(torch.arange(1, GRID + 1), torch.arange(1, GRID + 1)).float()
         patches = torch.cat([places, _noise(GRID**2, size)], 1)[None]
-        return {"flattened_patches": patches} | ({} if "width" not in taken else {"width": None, "height": None})
+        return {"flattened_patches": patches}
     if "pixel_values" not in taken:
         return {}
     if "image_grid_thw" in taken:

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from hyperfade.hub import fold_, load, save
+from hyperfade.hub.quantizer import align_
 from hyperfade.nn import light_modules
 from hyperfade.recipe import Layer, Replace
 from hyperfade.surgery import Plan, blends, find_experts, find_ffns, plan, set_alpha_, swap_
@@ -32,6 +33,7 @@ NAMES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Model type → class, of all that answer in text about images."""
 HALF = Layer(n=2)
 EVERYTHING = Replace(language=HALF, vision=HALF, projector=HALF)
+DENSE_TOO = "transformers does not give the dense model back"
 WORDS_ONLY: dict[str, str] = {
     "emu3": "words alone: images become words through a VQ-VAE, which has no FFN",
     "gemma4_unified": "words alone: its default config has no vision tower",
@@ -95,7 +97,7 @@ def counts(model: Any) -> dict[str, tuple[int, int]]:
 
 def attempt(model_type: str, folder: Path | None = None) -> Outcome:
     """Try everything on one family."""
-    ffns, experts, reached = {}, 0, (0, 0)
+    ffns, experts, reached, batch = {}, 0, (0, 0), {}
     try:
         with _named("build"):
             model = build(model_type)
@@ -113,7 +115,20 @@ def attempt(model_type: str, folder: Path | None = None) -> Outcome:
             _fold_and_reload(model, the_plan, batch, folder or Path(temporary))
         return Outcome(model_type, NAMES[model_type], True, WORDS_ONLY.get(model_type, ""), ffns, experts, reached)
     except TrialError as error:
-        return Outcome(model_type, NAMES[model_type], False, str(error), ffns, experts, reached)
+        reason = str(error)
+        if reason.startswith("reload") and not _dense_reloads(model_type, batch):
+            reason = f"{DENSE_TOO}, so {reason}"
+        return Outcome(model_type, NAMES[model_type], False, reason, ffns, experts, reached)
+
+
+def _dense_reloads(model_type: str, batch: Batch) -> bool:
+    """Whether transformers alone gives the dense model back, bit-equal."""
+    model = build(model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval().requires_grad_(False)
+    align_(loaded)
+    return torch.equal(_logits(loaded, batch), _logits(model, batch))
 
 
 def _fade(model: Any, the_plan: Plan, batch: Batch, dense: Tensor) -> tuple[int, int]:

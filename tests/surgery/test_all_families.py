@@ -10,10 +10,11 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import family_table
 from families.shrink import shrunk
-from families.trial import NAMES, attempt
+from families.trial import DENSE_TOO, NAMES, attempt
 
 RESULTS = json.loads(family_table.RESULTS.read_text(encoding="utf-8"))
 KEPT = {family["model_type"]: family for family in RESULTS["families"]}
+BEFORE_OURS = ("build", "inputs", "forward of the dense", "plan: found", DENSE_TOO)
 SAME_VERSION = RESULTS["transformers"] == transformers.__version__
 
 
@@ -23,6 +24,8 @@ def test_a_family_goes_the_whole_way_or_fails_for_the_known_reason(name: str) ->
     if name not in KEPT or not (SAME_VERSION or KEPT[name]["passed"]):
         pytest.skip(f"transformers {RESULTS['transformers']} made the table, this is {transformers.__version__}")
     outcome = attempt(name)
+    if not SAME_VERSION and outcome.reason.startswith(BEFORE_OURS):  # another version's config or forward
+        pytest.skip(outcome.reason)
     assert (outcome.passed, outcome.reason) == (KEPT[name]["passed"], KEPT[name]["reason"])
     assert {region: list(part) for region, part in outcome.ffns.items()} == KEPT[name]["ffns"]
 
