@@ -4,6 +4,7 @@ densify_(model)                                    every W materialised; loads w
 export_onnx(model, batch, folder / "model.onnx")   the light layers as they are, in one graph
 """
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hyperfade.data import Collator, open_source
-from hyperfade.errors import MissingLibraryError, NothingMatchedError
+from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
 from hyperfade.hub import takes_images
 from hyperfade.nn import Light, LowBitLinear, light_modules, low_bit_modules
+
+_INT32, _BOOL = 6, 9  # as ONNX numbers its types
 
 
 @torch.no_grad()
@@ -75,12 +78,18 @@ def example_of(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
     return {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
 
+def _all_true(values: Any) -> Any:
+    """What torch's exporter has no translation for: families check with it that an image fits its place in the text."""
+    ops = importlib.import_module("onnxscript").opset18
+    return ops.Cast(ops.ReduceMin(ops.Cast(values, to=_INT32), keepdims=0), to=_BOOL)
+
+
 @torch.no_grad()
 def export_onnx(model: PreTrainedModel, batch: dict[str, Tensor], file: Path) -> None:
     """Write the forward pass as an ONNX graph (no cache): the inputs of `batch` → logits (batch, tokens, vocabulary).
 
     The number of sequences and of tokens may change; an image's size may not. Weights lie beside `file`, in
-    `<file>.data`. Raises `MissingLibraryError` where torch's exporter lacks its libraries.
+    `<file>.data`. Raises `MissingLibraryError` where torch's exporter lacks its libraries, `PlanError` where it fails.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -91,15 +100,23 @@ def export_onnx(model: PreTrainedModel, batch: dict[str, Tensor], file: Path) ->
     sequences, tokens = torch.export.Dim("sequences"), torch.export.Dim("tokens")
     text = {"input_ids", "attention_mask"}
     shapes = tuple({0: sequences, 1: tokens} if name in text and "pixel_values" not in batch else {} for name in names)
-    program = torch.onnx.export(
-        _Logits(model, names).eval(),
-        tuple(batch.values()),
-        dynamo=True,
-        input_names=names,
-        output_names=["logits"],
-        dynamic_shapes=(shapes,),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _Logits(model, names).eval(),
+            tuple(batch.values()),
+            dynamo=True,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_shapes=(shapes,),
+            custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
+            optimize=not low_bit_modules(model),  # it would write few bits out as floats where they are small
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise PlanError(
+            f"torch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
+            "Export --to dense, for another exporter.",
+        ) from error
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: most of the file otherwise

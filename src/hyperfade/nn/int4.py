@@ -23,7 +23,9 @@ def two_to_a_byte(numbers: Tensor) -> Tensor:
 
 def one_to_a_byte(data: Tensor, width: int) -> Tensor:
     """What `two_to_a_byte` was given, as (k, width) bytes."""
-    return torch.stack([data & 15, data >> 4], 2).flatten(1)[:, :width]
+    # torch's ONNX exporter (2.13) takes what is shifted for signed
+    high = data // 16 if torch.compiler.is_exporting() else data >> 4
+    return torch.stack([data & 15, high], 2).flatten(1)[:, :width]
 
 
 def for_the_kernel(numbers: Tensor) -> tuple[Tensor, int] | None:
