@@ -137,7 +137,9 @@ def _perplexity_part(kept: dict[str, Any]) -> list[str]:
         f"All language FFNs replaced; fitted on {own['calibration']} sequences of {tokens} tokens of the validation "
         f"text, trained for {own['steps']} steps of {own['batch_size']} of them by the KL to the dense model (AdamW, "
         f"{own['learning_rate']:g}), scored on the first {own['test']} sequences of the test text. The budget is a "
-        f"short one, and the same for all; the sizes are within 0.3 points of each other. {_machine(kept)}",
+        f"short one, and the same for all; the sizes are within 0.3 points of each other. The second moments of the "
+        f"calibration are a part of the fit's seconds only where no earlier cell of the same run had gathered them. "
+        f"{_machine(kept)}",
         perplexity_table(kept),
         f"![perplexity against size]({PLOTS['perplexity'].name})",
     ]

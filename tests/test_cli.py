@@ -85,6 +85,7 @@ def test_every_option_of_every_command_has_a_help_text_and_help_shows_it(name: s
         shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
         assert shown in output or shown.upper() in output
         assert len(parameter.help) > 8  # type: ignore[attr-defined]
+        assert "[default" not in parameter.help  # type: ignore[attr-defined]  # taken for markup, and not shown
 
 
 def test_no_arguments_print_help(call: Any) -> None:

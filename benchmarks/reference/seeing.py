@@ -2,7 +2,7 @@
 
 A language model's loss tells a vision tower little: one answer a sample, and nothing of where the letters are. Here
 they were drawn by us, so every patch of a text says which letters have their middle in it, and a picture says which
-words its captions and answers hold. The tower alone is a fifth of a sample's cost, so five times as many are seen.
+words its captions and answers hold. Without the language model a CPU takes 64 images a second, with it eight samples.
 
 Three predictions, of what is known, by what training needs anyway:
 

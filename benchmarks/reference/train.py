@@ -146,7 +146,8 @@ def train(args: argparse.Namespace) -> Path:
         restore_(model, args.adapter)
     if args.seeing_steps:
         examples = Examples(args.train, args.cache, processor, args.seed)
-        print(f"{len(examples):,} pictures and texts, {len(examples.words):,} words", flush=True)
+        if is_first():
+            print(f"{len(examples):,} pictures and texts, {len(examples.words):,} words", flush=True)
         train_only_(model, ["vision"])
         seeing = Seeing(model, processor.tokenizer, examples.words).to(device)
         stage = Stage("seeing", args.seeing_steps, len(examples), examples.batch, args.seeing_batch)

@@ -90,10 +90,12 @@ def compress(
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, compressed or dense, or `embedded`.")],
     to: Annotated[Format, typer.Option(help="Format of the matrices.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the new checkpoint [default: MODEL-TO].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the new checkpoint.", show_default="MODEL-TO")] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(min=0, help="Neighbours that share a scale, 0 for rows [default: int4 and nf4 64, others 0]."),
+        typer.Option(
+            min=0, help="Neighbours that share a scale, 0 for rows.", show_default="64 for int4 and nf4, else 0"
+        ),
     ] = None,
     rest: Annotated[
         bool, typer.Option("--rest", help="Attention and the other linears too; never output head and embeddings.")
@@ -121,7 +123,7 @@ def export(
         Literal["dense", "onnx"],
         typer.Option(help="dense: a plain checkpoint, every matrix materialised. onnx: the forward pass, in float32."),
     ],
-    output: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-TO].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="MODEL-TO")] = None,
 ) -> None:
     """Write a model for tools that know nothing of hyperfade."""
     from hyperfade.compose.export import densify_, example_of, export_onnx
@@ -168,8 +170,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="What to ask, with references: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT] "
-            "[default: easy-vqa:test]."
+            help="What to ask, with references: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT].",
+            show_default="easy-vqa:test",
         ),
     ] = None,
     tasks: Annotated[
@@ -180,7 +182,9 @@ def evaluate(
     chat: Annotated[bool, typer.Option("--chat", help="With --tasks: write prompts by the chat template.")] = False,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Only this many examples, a seeded sample; of every task the first [default: all]."),
+        typer.Option(
+            min=1, help="Only this many examples, a seeded sample; of every task the first.", show_default="all"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens; not for --tasks.")] = 16,
@@ -260,7 +264,8 @@ def benchmark(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; medians and quartiles are over rounds.")] = 15,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="What the models run in [default: float32; with --recipe, the recipe's].")
+        Dtype | None,
+        typer.Option(help="What the models run in.", show_default="float32; with --recipe, the recipe's"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
