@@ -218,6 +218,7 @@ def test_pages_cards_and_plots_are_there(finished: tuple[Recipe, dict[str, Any],
 def test_a_rival_calibrates_on_samples_of_its_own(tmp_path: Path) -> None:
     """Its fit is its own in every key."""
     seen: dict[str, int] = {}
+    import hyperfade.build as build
     import hyperfade.pipeline as pipeline
 
     def spy(student: Any, plan: Any, batches: Any, *rest: Any) -> Any:
@@ -228,7 +229,7 @@ def test_a_rival_calibrates_on_samples_of_its_own(tmp_path: Path) -> None:
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "fit_", spy)
+        patch.setattr(build, "fit_", spy)
         own = recipe_for(tmp_path / "a", fit={"samples": 6, "batch_size": 4})
         rival = {"replace": {"language": {"n": 4}}, "fit": {"samples": 3}}
         with pytest.raises(_Skip):
@@ -236,7 +237,7 @@ def test_a_rival_calibrates_on_samples_of_its_own(tmp_path: Path) -> None:
         both = recipe_for(tmp_path / "b", rivals={"other": rival})
         variant = pipeline.variants(both)[1]
         with pytest.raises(DataError):
-            pipeline._build(variant, pipeline._checked(both), lambda line: None)
+            build.build(variant, pipeline._checked(both), lambda line: None)
     assert seen == {"0": 6, "1": 3}
 
 
@@ -384,7 +385,7 @@ def test_a_run_without_training_distributes_its_budget_is_fitted_saved_and_measu
     assert all(share["name"] in (tmp_path / "out" / "report.md").read_text(encoding="utf-8") for share in shares)
 
     (work / "built.json").unlink()  # as if it had been killed after the fit: what was measured is not measured again
-    monkeypatch.delattr("hyperfade.pipeline.allocate")
+    monkeypatch.delattr("hyperfade.build.allocate")
     assert compress(recipe, lines.append)["allocation"] == results["allocation"]
     assert [line for line in lines if "budget: " in line] == 2 * told
     assert results["training"]["steps"] == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from toy import assert_same_weights, batch_of, calibration, swapped, train, weights
 
 import hyperfade.distill.loop as loop
+from hyperfade.build import choose_trained_
 from hyperfade.distill import (
     Batches,
     StepReport,
@@ -26,7 +27,6 @@ from hyperfade.distill.losses import answer_logits, cross_entropy, kl_divergence
 from hyperfade.distill.state import trained_parameters
 from hyperfade.errors import CheckpointError, TrainingError
 from hyperfade.nn import light_modules
-from hyperfade.pipeline import _choose_trained_
 from hyperfade.recipe import Fit, Train
 from hyperfade.surgery import blends
 
@@ -41,7 +41,7 @@ def run(
     """Fit, then distil a fresh toy model; `stop_after` interrupts it after that step."""
     student, teacher, plan = swapped()
     fit_(student, plan, calibration(), Fit(sweeps=2), folder / "fit")
-    _choose_trained_(student, recipe)
+    choose_trained_(student, recipe)
     if prepare:
         prepare(student)
     reports: list[StepReport] = []
@@ -115,7 +115,7 @@ def test_dense_parameters_train_at_their_own_rate(tmp_path: Path) -> None:
     """Adam's first step is the learning rate in size, whatever the gradient."""
     recipe = train(fade_steps=0, polish_steps=1, warmup_fraction=0, train_also=("*lm_head*",), dense_learning_rate=1e-4)
     student, teacher, _ = swapped()
-    _choose_trained_(student, recipe)
+    choose_trained_(student, recipe)
     before = weights(student)
     distill_(student, teacher, 20, batch_of, recipe, seed=0, folder=tmp_path)
     after = {name.replace(".light.", "."): value for name, value in before.items()}
@@ -153,7 +153,7 @@ def test_checkpointing_reaches_every_light_layer(tmp_path: Path) -> None:
     """Also in the vision tower, whose inputs carry no gradient."""
     recipe = train(fade_steps=2, polish_steps=0, gradient_checkpointing=True)
     student, teacher, _ = swapped()
-    _choose_trained_(student, recipe)
+    choose_trained_(student, recipe)
     names = dict(light_modules(student))
     before = {name: layer.T.detach().clone() for name, layer in names.items()}
     distill_(student, teacher, 20, batch_of, recipe, seed=0, folder=tmp_path)

@@ -7,9 +7,9 @@ import torch
 from tiny_models import FAMILIES, logits
 from toy import batch_of, calibration, swapped, train
 
+from hyperfade.build import choose_trained_
 from hyperfade.compose.lora import merge_lora_
 from hyperfade.distill import distill_, fit_, teacher_of, unshare_
-from hyperfade.pipeline import _choose_trained_
 from hyperfade.recipe import Fit, Layer, Replace
 from hyperfade.surgery import plan, swap_
 
@@ -59,7 +59,7 @@ def test_no_training_of_the_student_reaches_the_teacher(basis: str, tmp_path: Pa
     recipe = train(
         train_also=("*lm_head*", "*embed_tokens*"), lora_rank=2, dense_learning_rate=1e-2, fade_steps=2, polish_steps=2
     )
-    _choose_trained_(student, recipe)
+    choose_trained_(student, recipe)
     distill_(student, teacher, 16, batch_of, recipe, seed=0, folder=tmp_path)
     merge_lora_(student)
     trained = dict(student.named_parameters())
