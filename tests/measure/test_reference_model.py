@@ -138,10 +138,15 @@ def test_seeing_is_asked_for_what_the_images_hold(train_file: Path, processor: A
     assert all(torch.equal(batch[key], again[key]) for key in batch)
     found = seeing.in_patches(seeing.draw_text(examples.texts[0], examples.fonts)[1])
     slots, firsts = batch["slots"] - 64 * seeing.SLOTS, batch["firsts"] - 64  # the text is the second image
-    counts = [len(slots), len(firsts), 2]
-    by_slot, by_patch, words = (part.tolist() for part in batch["labels"][0, 1:].split(counts))
-    assert sorted(words) == [1 + len(seeing.CHARACTERS), 2 + len(seeing.CHARACTERS)]
-    assert batch["means"].tolist() == [0, 0]
+    counts = [len(slots), len(firsts), len(batch["colours"]), 2 * seeing.WORD_WEIGHT]
+    by_slot, by_patch, colours, words = (part.tolist() for part in batch["labels"][0, 1:].split(counts))
+    assert sorted(words) == sorted([1 + len(seeing.CHARACTERS), 2 + len(seeing.CHARACTERS)] * seeing.WORD_WEIGHT)
+    assert set(batch["means"].tolist()) == {0}
+    with Image.open(train_file.with_name("a.png")) as image:
+        named = seeing.colours_of(image)
+    asked_colours = [named[patch] + 1 + len(seeing.CHARACTERS) + 2 for patch in batch["colours"].tolist()]
+    assert colours == asked_colours
+    assert set(named[batch["colours"]]) == set(named)
     of_slot = dict(zip(slots.tolist(), by_slot, strict=True))
     for patch, inside in found.items():
         assert [of_slot[seeing.SLOTS * patch + number] for number in range(len(inside))] == inside
@@ -149,13 +154,24 @@ def test_seeing_is_asked_for_what_the_images_hold(train_file: Path, processor: A
     assert dict(zip(firsts.tolist(), by_patch, strict=True)) == {patch: inside[0] for patch, inside in found.items()}
 
 
+def test_a_patch_has_the_colour_that_is_nearest_to_its_mean() -> None:
+    image = Image.new("RGB", (112, 112), "white")
+    image.paste((250, 20, 10), (14, 0, 28, 14))
+    image.paste((0, 120, 130), (0, 98, 14, 112))
+    names = [list(seeing.COLOURS)[number] for number in seeing.colours_of(image)]
+    assert (names[1], names[56]) == ("red", "teal")
+    assert names.count("white") == 62
+
+
 def test_seeing_predicts_from_the_patch_it_is_asked_about(model: Any, processor: Any) -> None:
     model.float()
     student = seeing.Seeing(model, processor.tokenizer, ["red", "circle"])
     pixels = torch.randn(2, 3, 112, 112)
     letters = len(seeing.CHARACTERS)
-    logits = student(pixels, torch.tensor([3 * (64 + 5) + 1]), torch.tensor([64 + 5]), torch.tensor([1])).logits
-    assert logits.shape == (1, 3 + 1, 1 + letters + 2)
+    slot, patch, image = torch.tensor([3 * (64 + 5) + 1]), torch.tensor([64 + 5]), torch.tensor([1])
+    logits = student(pixels, slot, patch, patch + 1, image).logits
+    colours = len(seeing.COLOURS)
+    assert logits.shape == (1, 4 + 1, 1 + letters + 2 + colours)
 
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[2][1, 1:]
     by_head = student.letters(hidden[5]).view(seeing.SLOTS, -1)[1]
@@ -163,12 +179,16 @@ def test_seeing_predicts_from_the_patch_it_is_asked_about(model: Any, processor:
     assert (logits[0, 0, 1 + letters :] == seeing.FAR).all()
     embeddings = model.get_input_embeddings().weight
     projected = model.model.multi_modal_projector(hidden)
-    for place, said, texts in ((1, projected[5], seeing.CHARACTERS), (2, projected.mean(0), [" red", " circle"])):
+    spoken = [f" {colour}" for colour in seeing.COLOURS]
+    for place, start, said, texts in (
+        (1, 1, projected[5], list(seeing.CHARACTERS)),
+        (2, 1 + letters + 2, projected[6], spoken),
+        (3, 1 + letters, projected.mean(0), [" red", " circle"]),
+    ):
         tokens = [processor.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts]
         likeness = torch.cosine_similarity(said[None], embeddings[tokens], dim=-1) * math.exp(2.5)
-        start = 1 if place == 1 else 1 + letters
         torch.testing.assert_close(logits[0, place, start : start + len(texts)], likeness, rtol=1e-4, atol=1e-4)
-        assert (logits[0, place] == seeing.FAR).sum() == 1 + letters + 2 - len(texts)
+        assert (logits[0, place] == seeing.FAR).sum() == 1 + letters + 2 + colours - len(texts)
 
 
 def test_a_number_takes_a_byte_and_is_nearest_to_what_was_trained(trained: Any, tmp_path: Path) -> None:
