@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-vllm lint reference benchmark benchmark-quality benchmark-speed benchmark-gpu clean
+.PHONY: demo test test-vllm fuzz lint reference benchmark benchmark-quality benchmark-speed benchmark-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/hyperfade demo --output runs/demo
@@ -16,6 +16,11 @@ test: lint
 # serving by vLLM, in an environment of its own: a real engine on the CPU, against transformers
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/serve
+
+# what tests/test_fuzz.py reads, mutated for a minute each, guided by the lines it reaches
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet "atheris>=3.0"
+	$(BIN)/python scripts/fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
