@@ -69,6 +69,20 @@ def draw_samples(found: dict[str, Any], data: str, path: Path) -> None:
     sheet.save(path, optimize=True)
 
 
+def rounds(training: dict[str, Any]) -> list[str]:
+    """What each round of training was, the first one first; a later one went on from the adapter before it."""
+    steps = [
+        f"{training['seeing_steps']} steps of {training['seeing_batch']} images for the vision tower alone",
+        f"{training['projector_steps']} of {training['batch']} samples for the projector",
+        f"{training['steps']} for all",
+    ]
+    if not training["projector_steps"]:
+        del steps[1]
+        steps[-1] = f"{training['steps']} of {training['batch']} samples for all"
+    own = f"{', '.join(steps[:-1])} and {steps[-1]}"
+    return [*(rounds(training["adapter"]) if "adapter" in training else []), own]
+
+
 def page(found: dict[str, Any]) -> str:
     """The card."""
     training, machine_ = found["training"], found["machine"]
@@ -81,10 +95,9 @@ def page(found: dict[str, Any]) -> str:
     made = textwrap.fill(
         "`adapter.safetensors` is what training added: the projector, and LoRA on every linear of both towers, of rank "
         f"{training['rank']} in the language model and {training['vision_rank']} in the vision tower, in int8. "
-        f"`train.py` (seed {training['seed']}) made it in {training['seeing_steps']} steps of "
-        f"{training['seeing_batch']} images for the vision tower alone, {training['projector_steps']} for the "
-        f"projector and {training['steps']} of {training['batch']} conversations for all. It is rounded before it is "
-        "merged, so that everyone gets the same model.",
+        f"`train.py` (seed {training['seed']}) made it with {'; then, from there, with '.join(rounds(training))}. It "
+        "is rounded before it is merged, so that everyone gets the same model. `train.py --adapter "
+        "adapter.safetensors` goes on from here.",
         120,
     )
     return f"""# The reference vision-language model
@@ -99,10 +112,6 @@ it. It is a measuring instrument, not a product.
 {made}
 
 ## Quality
-
-It reads, and it is blind to colours and guesses at pictures: the questions about one image were one conversation in its
-training, and later answers could be copied from earlier ones (the [log](../../docs/log.md)). `train.py --adapter
-adapter.safetensors` goes on from here; until then only its reading tells compression methods apart.
 
 Greedy answers to test examples: no test image, nor a near-duplicate of one, was trained on.
 
