@@ -162,7 +162,7 @@ def arguments(description: str, results: Path, output: Path) -> argparse.Argumen
     add("--steps", type=int, default=60, help="optimizer steps of every cell")
     add("--batch-size", type=int, default=16, help="samples per step")
     add("--calibration", type=int, default=128, help="samples of the fit")
-    add("--examples", type=int, default=600, help="test examples of the evaluation")
+    add("--examples", type=int, default=450, help="test examples of the evaluation")
     add("--attention", default="eager", help="attention of all models: eager is faster on a CPU, sdpa on a GPU")
     return parser
 
