@@ -274,6 +274,9 @@ class Train(_Section):
         default="no", description="autocast of the training forward passes"
     )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    shard: bool = Field(
+        default=False, description="of several processes each holds a part of teacher and student (FSDP2), not a copy"
+    )
     checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
     log_every: int = Field(default=10, ge=1, description="steps between printed lines; metrics.jsonl has every step")
     trackers: tuple[str, ...] = Field(default=(), description="accelerate trackers, e.g. tensorboard")

@@ -24,9 +24,9 @@ pytestmark = [
 ]
 
 
-def launch(folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, program: str = "two_processes.py") -> subprocess.CompletedProcess[str]:
     """Start the two processes and wait until both have ended."""
-    worker = Path(__file__).parent / "two_processes.py"
+    worker = Path(__file__).parent / program
     tests = str(Path(__file__).parents[1])
     paths = os.pathsep.join([tests, str(worker.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]

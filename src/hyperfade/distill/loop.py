@@ -18,14 +18,16 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from hyperfade.distill.cached import CachedTeacher
+from hyperfade.distill.divide import collect_, divide_, divided_twin, free_
 from hyperfade.distill.journal import Fault, Halving, Journal, Rollback, StepReport
+from hyperfade.distill.optimizer import optimizer_of, to_float32_
 from hyperfade.distill.order import Batches
 from hyperfade.distill.recovery import LASTING, MAX_ROLLBACKS, not_finite, outdated, spike, state_before
 from hyperfade.distill.schedule import alpha_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import load_state, remove_state, save_state, saved_steps
 from hyperfade.distill.step import BatchOf, Objective, autocast_dtype, gradients_
 from hyperfade.errors import TrainingError
-from hyperfade.nn import BlendLinear, light_modules
+from hyperfade.nn import BlendLinear
 from hyperfade.processes import copy_from_first_, is_first, join, wait
 from hyperfade.recipe import Train
 from hyperfade.surgery import blends, drop_dense_
@@ -59,8 +61,9 @@ def distill_(
     labels. folder: states and metrics.jsonl go there; a newer state in it is continued from. Parameters with
     requires_grad outside the light layers train at the dense rate. What trains is float32 meanwhile, under autocast
     where the rest of the model is not. Several processes call this alike, with one folder that all of them can read;
-    `train.batch_size` is the batch of all together. length_of: an example's length, to put those of like length into
-    one batch.
+    `train.batch_size` is the batch of all together. With `train.shard` each of them holds a part of student and
+    teacher; the teacher stays in parts, and the student is whole again in the first process only. length_of: an
+    example's length, to put those of like length into one batch.
 
     A loss that is not finite, or a spike, sends the run back to an earlier state with half the learning rate
     (`recovery.py`); where memory runs out, micro-batches are taken in twice as many parts from then on. Raises
@@ -77,9 +80,15 @@ def distill_(
     )
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
-    dtypes = _to_float32_(student)
+    dtypes, whole = to_float32_(student), student
+    copy_from_first_(list(dtypes))
+    if train.shard and processes.num_processes > 1:
+        _check_share(train, processes.num_processes)
+        student = divided_twin(whole)
+        if isinstance(teacher, nn.Module):
+            divide_(teacher)
     objective = Objective(student, teacher, batch_of, train, seed, autocast_dtype(student, train))
-    optimizer, peaks = _optimizer(student, train)
+    optimizer, peaks = optimizer_of(student, train)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     batches = Batches(num_examples, train.batch_size, seed, length_of)
     states, steps = saved_steps(folder), total_steps(train)
@@ -91,7 +100,6 @@ def distill_(
     if states:
         load_state(folder, step, student, optimizer)
     else:
-        copy_from_first_(trained)
         states = _save(folder, states, 0, student, optimizer)
     student.train()
     while step < steps:
@@ -139,14 +147,18 @@ def distill_(
             states = _save(folder, states, step, student, optimizer)
             states = _forget(folder, states, outdated(states, step) if step < steps else states[:-1])
             if states[0] >= train.fade_steps:
-                faded.clear()  # nothing goes back to the fade any more: the dense weights may go
+                while faded:  # nothing goes back to the fade any more: the dense weights may go
+                    free_(faded.popitem()[1].dense)
     journal.close()
-    _prepare_branches_(student, steps, train, {})
+    for model in (student, whole):
+        _prepare_branches_(model, steps, train, {})
+    if student is not whole:
+        collect_(whole, student, dtypes)
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
     for tracker in accelerator.trackers:
         tracker.finish()
-    student.eval()
+    whole.eval()
     return Summary(steps, first, time.perf_counter() - began)
 
 
@@ -154,8 +166,7 @@ def _save(
     folder: Path, states: list[int], step: int, student: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[int]:
     """Write the state after `step`; returns all states there are then."""
-    if is_first():
-        save_state(folder, step, student, optimizer)
+    save_state(folder, step, student, optimizer)
     wait()
     return [*states, step]
 
@@ -166,6 +177,14 @@ def _forget(folder: Path, states: list[int], gone: list[int]) -> list[int]:
         for step in gone:
             remove_state(folder, step)
     return [state for state in states if state not in gone]
+
+
+def _check_share(train: Train, num_processes: int) -> None:
+    if train.batch_size < num_processes:
+        raise TrainingError(
+            f"train.batch_size {train.batch_size} leaves some of {num_processes} processes without an example.",
+            f"With train.shard every process needs one: take {num_processes} or more, or fewer processes.",
+        )
 
 
 def _halve(train: Train, step: int, parts: int) -> Halving:
@@ -191,27 +210,6 @@ def _state_to_return_to(
         f"Look at what this step draws (examples {drawn}, counted from 0). Else lower train.learning_rate, or use "
         "train.mixed_precision: no, in a new output folder.",
     )
-
-
-def _to_float32_(student: nn.Module) -> dict[nn.Parameter, torch.dtype]:
-    """Make what trains float32, because steps are smaller than bfloat16 can add; returns the dtypes it had."""
-    dtypes = {p: p.dtype for p in student.parameters() if p.requires_grad}
-    for parameter in dtypes:
-        parameter.data = parameter.data.float()
-    return dtypes
-
-
-def _optimizer(student: nn.Module, train: Train) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW over the light layers and over whatever else trains, with the two peak learning rates."""
-    light = {id(p) for layer in light_modules(student).values() for p in layer.parameters()}
-    trained = [p for p in student.parameters() if p.requires_grad]
-    groups = [
-        ([p for p in trained if id(p) in light], train.learning_rate),
-        ([p for p in trained if id(p) not in light], train.dense_learning_rate),
-    ]
-    groups = [(parameters, peak) for parameters, peak in groups if parameters]
-    optimizer = torch.optim.AdamW([{"params": parameters} for parameters, _ in groups], weight_decay=train.weight_decay)
-    return optimizer, [peak for _, peak in groups]
 
 
 def _prepare_branches_(student: nn.Module, step: int, train: Train, faded: dict[str, BlendLinear]) -> None:

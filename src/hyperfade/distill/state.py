@@ -1,7 +1,9 @@
 """The state of a training run on disk, complete enough that a killed run continued equals one that was never killed.
 
 Parameters that train, AdamW's moments and the step: safetensors and JSON, no pickle. The data order and everything
-random are pure functions of seed and step (`order.py`, `seed_step`), so the step is all there is to know of them.
+random are pure functions of seed and step (`order.py`, `seed_step`), so the step is all there is to know of them. Of a
+divided model (`divide.py`) every process writes its part, with where it belongs, so other processes in another number
+can continue.
 """
 
 import json
@@ -10,12 +12,15 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as parts
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hyperfade.distill.divide import is_divided
 from hyperfade.errors import CheckpointError
-from hyperfade.hub import write_folder
+from hyperfade.hub import partial_of, write_folder
+from hyperfade.processes import is_first, wait
 
 _TENSORS, _PROGRESS = "state.safetensors", "progress.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -33,19 +38,27 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state after `step` optimizer steps to `folder`/step-N, atomically."""
+    """Write the state after `step` optimizer steps to `folder`/step-N, atomically. All processes call it."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained_parameters(model).items():
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+            tensors[f"optimizer/{key}/{name}"] = value.detach()
+    place, divided = _place(folder, step), is_divided(model)
 
     def write(target: Path) -> None:
-        save_file(tensors, target / _TENSORS)
+        if divided:
+            wait()  # the folder is there
+            _save_parts(tensors, target)
+        else:
+            save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, target / _TENSORS)
         (target / _PROGRESS).write_text(json.dumps({"step": step}), encoding="utf-8")
 
-    write_folder(_place(folder, step), write)
+    if is_first():
+        write_folder(place, write)
+    elif divided:
+        wait()
+        _save_parts(tensors, partial_of(place))
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -69,11 +82,11 @@ def load_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim
     """Restore what `save_state` wrote after `step`. Raises `CheckpointError`, before anything is changed, where it does
     not fit this model or cannot be read."""
     target = _place(folder, step)
-    try:
-        tensors = load_file(target / _TENSORS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{target / _TENSORS} cannot be read: {error}.", _OTHER_RUN) from error
     parameters = trained_parameters(model)
+    try:
+        tensors = _load_parts(target, parameters) if is_divided(model) else load_file(target / _TENSORS)
+    except (SafetensorError, OSError, ValueError, parts.CheckpointException) as error:
+        raise CheckpointError(f"{target} cannot be read: {error}.", _OTHER_RUN) from error
     saved = {key.removeprefix("parameter/") for key in tensors if key.startswith("parameter/")}
     odd = sorted(saved ^ set(parameters))
     odd += [n for n, p in parameters.items() if n in saved and tensors[f"parameter/{n}"].shape != p.shape]
@@ -92,6 +105,24 @@ def load_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim
             state[kind] = value if kind == "step" else value.to(parameter.device)
         if state:
             optimizer.state[parameter] = state
+
+
+def _save_parts(tensors: dict[str, Tensor], target: Path) -> None:
+    """This process's parts; what is no parameter's size (AdamW's step) is whole in all, and one of them writes it."""
+    flat = {key: value.reshape(-1) if value.dim() == 0 else value for key, value in tensors.items()}
+    parts.save(flat, storage_writer=parts.HuggingFaceStorageWriter(str(target), save_distributed=True))
+
+
+def _load_parts(target: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This process's parts of all that is saved in `target`, laid out like `parameters` where they are like them."""
+    reader = parts.HuggingFaceStorageReader(str(target))
+    tensors: dict[str, Tensor] = {}
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
+        like = parameters.get(key.split("/")[-1])
+        fits = like is not None and like.shape == entry.size
+        tensors[key] = torch.zeros_like(like.detach()) if fits else torch.zeros(entry.size)
+    parts.load(tensors, storage_reader=reader)
+    return {key: value[0] if key.startswith("optimizer/step/") else value for key, value in tensors.items()}
 
 
 def _place(folder: Path, step: int) -> Path:

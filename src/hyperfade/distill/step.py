@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from hyperfade.data.collate import IGNORED
 from hyperfade.distill.cached import CachedTeacher
+from hyperfade.distill.divide import is_divided, leave_out_unreached_
 from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
 from hyperfade.distill.schedule import kd_weight_at
 from hyperfade.distill.state import seed_step
+from hyperfade.errors import TrainingError
 from hyperfade.processes import join, share_of, sum_
 from hyperfade.recipe import Train
 from hyperfade.surgery import blends
@@ -50,10 +52,12 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
     """Leave the gradients of `step` (from 0) in what trains; returns loss, cross-entropy, KL and reconstruction (4,).
 
     numbers: the step's examples, those of all its micro-batches, of all processes. Every micro-batch is taken in
-    `parts` parts. Returns None, with gradients to be thrown away, where memory ran out in some process.
+    `parts` parts. Returns None, with gradients to be thrown away, where memory ran out in some process. A divided
+    student cannot go on then, nor where a process has nothing to compute: raises `TrainingError`.
     """
     train, size = objective.train, objective.train.batch_size
     trained = [parameter for parameter in objective.student.parameters() if parameter.requires_grad]
+    divided = is_divided(objective.student)
     device = trained[0].device
     seed_step(objective.seed, step, join().process_index)
     sums, exhausted = torch.zeros(4, device=device), False
@@ -65,6 +69,8 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
         total = counts.sum()
         sum_([total])
         for batch, piece, count in zip(batches, pieces, counts.tolist(), strict=True):
+            if divided and not count:
+                raise TrainingError(f"Examples {piece} of step {step + 1} have no answers.", "Leave them out.")
             if exhausted or not count:
                 continue
             weight = count / total.item() / train.accumulation
@@ -72,7 +78,13 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
                 terms = losses(objective, batch, piece)
                 loss = weight * terms.total(kd_weight_at(step, train), train.reconstruction_weight)
                 loss.backward()
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                if divided:  # the others wait for this one in the middle of a pass
+                    raise TrainingError(
+                        f"Memory ran out in step {step + 1}.",
+                        "Set train.gradient_checkpointing: true, lower train.batch_size and raise train.accumulation, "
+                        "or take more processes; then run in a new output folder.",
+                    ) from error
                 exhausted = True
             else:
                 parts_of_it = torch.stack([terms.cross_entropy, terms.kl, terms.reconstruction]).detach()
@@ -84,7 +96,10 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         return None
-    _sum_gradients_(trained)
+    if divided:
+        leave_out_unreached_(trained)
+    else:
+        _sum_gradients_(trained)
     sum_([sums])
     return sums.cpu()
 

@@ -10,9 +10,14 @@ def teacher_of(model: nn.Module) -> nn.Module:
 
     Swapping layers in `model` leaves the twin alone. Parameters that will train must stop sharing: `unshare_`.
     """
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return twin_of(model).requires_grad_(False).eval()
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters share storage with it."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     memo |= {id(b): b.detach() for b in model.buffers()}
-    return copy.deepcopy(model, memo).eval()
+    return copy.deepcopy(model, memo)
 
 
 def unshare_(parameter: nn.Parameter) -> None:

@@ -106,7 +106,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"Cannot write {folder}: it is a file.", "Choose another folder.")
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = partial_of(folder)
     replaced = folder.with_name(f".{folder.name}.replaced")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,6 +128,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost."
             ) from error
         raise
+
+
+def partial_of(folder: Path) -> Path:
+    """Where `write_folder` writes before it renames."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def resolve(model: str) -> str:
