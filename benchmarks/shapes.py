@@ -37,14 +37,14 @@ RIVAL = {
 }
 
 
-def _qwen(text: dict[str, Any], vocabulary: int, *, tied: bool) -> Qwen2_5_VLConfig:
+def _qwen(text: dict[str, Any], vocabulary: int, *, tied: bool, vision_ffn: int = 3420) -> Qwen2_5_VLConfig:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2_5_VLConfig(
         text_config={"vocab_size": vocabulary, "rope_parameters": rope, "tie_word_embeddings": tied, **text},
         vision_config={
             "depth": 32,
             "hidden_size": 1280,
-            "intermediate_size": 3420,
+            "intermediate_size": vision_ffn,
             "num_heads": 16,
             "out_hidden_size": text["hidden_size"],
             "patch_size": 14,
@@ -65,6 +65,12 @@ def qwen_7b() -> Qwen2_5_VLConfig:
     """Qwen2.5-VL-7B-Instruct."""
     text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
     return _qwen({**text, "num_attention_heads": 28, "num_key_value_heads": 4}, 152064, tied=False)
+
+
+def qwen_72b() -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-72B-Instruct; too large to be timed here, so not in `MODELS`."""
+    text = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
+    return _qwen({**text, "num_attention_heads": 64, "num_key_value_heads": 8}, 152064, tied=False, vision_ffn=3456)
 
 
 def smolvlm_256m() -> SmolVLMConfig:
@@ -95,6 +101,7 @@ class Model:
             return self.model_class(self.config())
 
 
+QWEN_72B = Model(Qwen2_5_VLForConditionalGeneration, qwen_72b, 73_410_777_344)
 MODELS = {
     "SmolVLM-256M": Model(SmolVLMForConditionalGeneration, smolvlm_256m, 256_484_928),
     "Qwen2.5-VL-3B": Model(Qwen2_5_VLForConditionalGeneration, qwen_3b, 3_754_622_976),

@@ -47,7 +47,8 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     if facts_file.exists() and variant.model.exists():
         say(f"[{variant.name}] finished earlier: {variant.model}")
         return read_json(facts_file)
-    variant.work.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        variant.work.mkdir(parents=True, exist_ok=True)
     recipe, train = task.recipe, variant.train
     torch.manual_seed(recipe.seed)
     student = task.dense()

@@ -29,6 +29,7 @@ def recipe(**changes: Any) -> Train:
         "accumulation": 2,
         "checkpoint_every": 2,
         "weight_decay": 0.01,
+        "learning_rate": 1e-3,
         "fade_order": "layer_by_layer",
         "train_also": ("*embed_tokens*",),
         "lora_rank": 2,

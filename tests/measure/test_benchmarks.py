@@ -15,7 +15,7 @@ import ffn_speed
 import model_speed
 import whole_models
 from model_speed import SpeedCell
-from shapes import MODELS, RIVAL, VARIANTS, Model
+from shapes import MODELS, QWEN_72B, RIVAL, VARIANTS, Model
 from whole_models import built, compressed, decode, prefill, prompt
 
 
@@ -29,9 +29,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_speed, "ROUNDS", {"smolvlm": 2, "qwen2_5_vl": 2})
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_have_their_published_number_of_parameters(name: str) -> None:
-    assert num_parameters(MODELS[name].skeleton()) == MODELS[name].num_parameters
+@pytest.mark.parametrize("model", [*MODELS.values(), QWEN_72B], ids=[*MODELS, "Qwen2.5-VL-72B"])
+def test_models_have_their_published_number_of_parameters(model: Model) -> None:
+    assert num_parameters(model.skeleton()) == model.num_parameters
 
 
 @pytest.mark.usefixtures("tiny")

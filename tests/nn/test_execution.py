@@ -29,6 +29,7 @@ ALGEBRAS = [
 ]
 TABLE = json.loads((files("hyperfade.nn") / "prices.json").read_text(encoding="utf-8"))
 PRODUCTS = Algebra.products(4)
+TRAINING = {"products": [Execution("products", "blocks")]}
 
 
 def _name(algebra: Algebra) -> str:
@@ -49,7 +50,7 @@ def test_every_form_is_the_product_with_a_kron_built_weight(
     for tokens in (1, 2, 7):
         x = torch.randn(tokens, d).to(dtype)
         scale = (x.double().abs() @ weight.abs().T + 1).max().item()
-        for how in candidates(algebra):
+        for how in [*candidates(algebra), *TRAINING.get(algebra.form, [])]:
             for chunk in (None, 3):
                 y = layer.run(x, replace(how, chunk=chunk))
                 torch.testing.assert_close(
@@ -132,9 +133,22 @@ def test_prices_are_positive_and_say_where_they_come_from(kind: str) -> None:
 def test_training_is_never_chunked_and_many_tokens_without_gradients_are() -> None:
     layer = PHMLinear(64, 64, PRODUCTS, bias=False)
     tokens = torch.randn(200_000, 64)
-    assert layer._execution(tokens).chunk is None
+    assert layer._execution(tokens) == Execution("products", "blocks")
     with torch.no_grad():
         assert execution(PRODUCTS, 64, 64, len(tokens), torch.float32, "cpu AVX2").chunk is not None
+
+
+def test_gradients_in_training_are_those_of_the_product_with_a_kron_built_weight() -> None:
+    layer, x = random_layer(16, 24, PRODUCTS, bias=False, dtype=torch.float64), torch.randn(10, 16).double()
+    found, expected = (x.clone().requires_grad_() for _ in range(2))
+    weight = sum(
+        torch.kron(torch.outer(p, q), t) for p, q, t in zip(layer.P, layer.Q, layer.T, strict=True)
+    )  # W = Σ_r (P_r Q_rᵀ) ⊗ T_r
+    factors = [layer.P, layer.Q, layer.T]
+    own = torch.autograd.grad(layer(found).square().sum(), [found, *factors])
+    oracle = torch.autograd.grad((expected @ weight.T).square().sum(), [expected, *factors])
+    for a, b in zip(own, oracle, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # observed
 
 
 def test_kept_weights_are_made_once_and_follow_the_core(monkeypatch: pytest.MonkeyPatch) -> None:

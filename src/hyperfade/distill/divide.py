@@ -48,7 +48,7 @@ def divide_(model: nn.Module) -> None:
     device = join().device
     assert device is not None
     mesh = init_device_mesh(device.type, (join().num_processes,))
-    layers = _layers(model)
+    layers = layers_of(model)
     for unit in chain(_dense_within(layers), layers.values()):
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not p.requires_grad})
@@ -62,6 +62,13 @@ def divide_(model: nn.Module) -> None:
 def is_divided(model: nn.Module) -> bool:
     """Whether each process has a part of `model`."""
     return isinstance(model, FSDPModule)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The language model's layers by name: what its outermost lists hold, so that a layer's experts are part of it."""
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and region_of(f"{n}.0") == "language"]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return {f"{name}.{i}": layer for name in outer for i, layer in model.get_submodule(name).named_children()}
 
 
 @torch.no_grad()
@@ -91,13 +98,6 @@ def leave_out_unreached_(parameters: list[nn.Parameter]) -> None:
     for parameter, count in zip(parameters, counts.tolist(), strict=True):
         if not count:
             parameter.grad = None
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The language model's layers by name: what its outermost lists hold, so that a layer's experts are part of it."""
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and region_of(f"{n}.0") == "language"]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return {f"{name}.{i}": layer for name in outer for i, layer in model.get_submodule(name).named_children()}
 
 
 def _dense_within(layers: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -12,7 +12,9 @@ Sizes are read from shapes: `len` of a tensor would fix the number of tokens in 
 
 Mixing moves M·n small blocks and is bound by memory and by the cost of a call, not by arithmetic. Two ways: one tiny
 matrix product over the blocks, or a running sum over them. Where the coefficients are known numbers (`Rows`), the sum
-leaves out zeros and is a mere view where one coefficient of 1 is all there is.
+leaves out zeros and is a mere view where one coefficient of 1 is all there is. For training there is a third, one
+product over the blocks of all tokens: it copies x and y, but its gradients are such products again, where the others'
+are sums over M tiny ones.
 """
 
 import math
@@ -28,7 +30,7 @@ from torch import Tensor
 from hyperfade.algebra import Algebra
 
 _SLICES = 8  # with more, a slice gets too small to be read at full speed
-Mixing = Literal["matmul", "sums"]
+Mixing = Literal["matmul", "sums", "blocks"]
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -89,6 +91,11 @@ def sliced(u: Tensor, weight: Tensor) -> Tensor:
 
 def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tensor:
     """x (M, n, d/n), P and Q (R, n), T (R, k/n, d/n): y (M, k)."""
+    if mixing == "blocks":
+        u = torch.mm(q, x.transpose(0, 1).flatten(1)).view(q.shape[0], x.shape[0], x.shape[2])
+        z = torch.bmm(u, t.transpose(1, 2))
+        y = torch.mm(p.T, z.flatten(1)).view(p.shape[1], x.shape[0], t.shape[1])
+        return y.transpose(0, 1).flatten(1)
     mix = mixed_by_sums if mixing == "sums" else mixed
     z = torch.bmm(mix(x, q).transpose(0, 1), t.transpose(1, 2))
     return mix(z.transpose(0, 1), p.T).flatten(1)

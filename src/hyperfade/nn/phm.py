@@ -233,9 +233,11 @@ class PHMLinear(nn.Module):
             if not torch.compiler.is_exporting():  # a graph for any number of tokens
                 by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
             return Execution("products" if by_products else "core", "sums")
+        if by_products and torch.is_grad_enabled():
+            return Execution("products", "blocks")  # prices are those of a forward pass alone
         like = tokens.dtype, processor(tokens.device.type)
         how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
-        return replace(how, chunk=None) if how.chunk is not None and torch.is_grad_enabled() else how
+        return replace(how, chunk=None) if torch.is_grad_enabled() else how  # autograd cannot follow chunks
 
     def run(self, tokens: Tensor, how: Execution) -> Tensor:
         """tokens (M, in_features) → (M, out_features) in the form that `how` says; no companion, no bias.
