@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel
 
 from hyperfade.errors import RecipeError
-from hyperfade.recipe import SHIPPED_RECIPES, Fit, Layer, Quantize, Recipe, Replace, Rival, Rule, Train, describe
+from hyperfade.recipe import SHIPPED_RECIPES, Fit, Layer, Quantize, Recipe, Replace, Rival, Rule, Train
+from hyperfade.recipe_keys import describe
 
 SHIPPED = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 

@@ -353,7 +353,8 @@ def recipe(
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its meaning and default instead.")] = False,
 ) -> None:
     """Print a complete recipe, defaults included, to start your own from; or every key with its meaning."""
-    from hyperfade.recipe import Recipe, describe
+    from hyperfade.recipe import Recipe
+    from hyperfade.recipe_keys import describe
 
     typer.echo("\n".join(describe()) if keys else Recipe.load(name).to_yaml())
 

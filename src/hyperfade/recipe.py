@@ -8,9 +8,8 @@ Every field has its help text beside it; `hyperfade recipe --keys` prints them.
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -424,31 +423,3 @@ def read_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{where} is not YAML: {reason}", "Check indentation, colons and brackets there.") from error
-
-
-def describe() -> list[str]:
-    """Every key of a recipe with its default and its meaning, one per line; keys of a section that comes again (what a
-    layer becomes, say) are listed where it comes first."""
-    return list(_described(Recipe, "", set()))
-
-
-def _described(section: type[BaseModel], prefix: str, known: set[type[BaseModel]]) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        if field.description is not None:
-            default = field.get_default()
-            shown = default.model_dump(exclude_defaults=True) if isinstance(default, BaseModel) else default
-            note = " [required]" if field.is_required() else f" [default: {shown}]"
-            yield f"{prefix}{name}: {field.description}{'' if '[default' in field.description else note}"
-        inner, place = _section_in(field.annotation)
-        if inner is not None and inner not in known:
-            known.add(inner)
-            yield from _described(inner, f"{prefix}{name}{place}.", known)
-
-
-def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The section that a key of this type holds, if any, and how its place in a list or mapping is written."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, ""
-    place = {tuple: "[]", dict: ".NAME"}.get(get_origin(annotation), "")
-    sections = [section for section, _ in map(_section_in, get_args(annotation)) if section]
-    return (sections[0], place) if sections else (None, "")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny_models import IMAGE_TOKEN
-from toy import batch_of, swapped, train
 from torch import Tensor
+from toy import batch_of, swapped, train
 
 from hyperfade.build import choose_trained_
 from hyperfade.distill import StepReport, distill_

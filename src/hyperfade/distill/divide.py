@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from hyperfade.distill.teacher import twin_of
 from hyperfade.errors import TrainingError
+from hyperfade.nn import light_modules
 from hyperfade.processes import is_first, join, sum_
 from hyperfade.surgery import blends, region_of
 
@@ -89,15 +90,33 @@ def free_(dense: nn.Module) -> None:
             parameter.to_local().untyped_storage().resize_(0)
 
 
-@torch.no_grad()
-def leave_out_unreached_(parameters: list[nn.Parameter]) -> None:
-    """Let what no process's examples reached have no gradient, as with one process; FSDP2 gives it zeros."""
-    reached = torch.stack([_local(p.grad).any() if p.grad is not None else torch.tensor(False) for p in parameters])
-    counts = reached.to(torch.float32)
-    sum_([counts])
-    for parameter, count in zip(parameters, counts.tolist(), strict=True):
-        if not count:
-            parameter.grad = None
+class Reached:
+    """Which trained weights of a divided model the examples of a step have reached: those of modules that ran.
+
+    With one process what they do not reach has no gradient, and AdamW passes over it; FSDP2 gives it zeros.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ran: set[nn.Module] = set()
+        self._users: dict[nn.Parameter, set[nn.Module]] = {}
+        lights = light_modules(model)
+        within = {part: layer for layer in lights.values() for part in layer.modules()}
+        for module in model.modules():
+            user = within.get(module, module)  # a light layer may read its core's weight without calling the core
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    self._users.setdefault(parameter, set()).add(user)
+        for user in set().union(*self._users.values()):
+            user.register_forward_hook(lambda module, *_: self._ran.add(module))
+
+    def leave_out_others_(self, parameters: list[nn.Parameter]) -> None:
+        """Take the gradients of what no process's examples have reached since the last call."""
+        counts = torch.tensor([float(bool(self._users[p] & self._ran)) for p in parameters])
+        self._ran.clear()
+        sum_([counts])
+        for parameter, processes in zip(parameters, counts.tolist(), strict=True):
+            if not processes:
+                parameter.grad = None
 
 
 def _dense_within(layers: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -106,7 +125,3 @@ def _dense_within(layers: Mapping[str, nn.Module]) -> list[nn.Module]:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from hyperfade.distill.cached import CachedTeacher
-from hyperfade.distill.divide import collect_, divide_, divided_twin, free_
+from hyperfade.distill.divide import Reached, collect_, divide_, divided_twin, free_
 from hyperfade.distill.journal import Fault, Halving, Journal, Rollback, StepReport
 from hyperfade.distill.optimizer import optimizer_of, to_float32_
 from hyperfade.distill.order import Batches
@@ -80,14 +80,15 @@ def distill_(
     )
     if train.trackers:
         accelerator.init_trackers("hyperfade", config={k: str(v) for k, v in train.model_dump().items()})
-    dtypes, whole = to_float32_(student), student
+    dtypes, whole, reached = to_float32_(student), student, None
     copy_from_first_(list(dtypes))
     if train.shard and processes.num_processes > 1:
         _check_share(train, processes.num_processes)
         student = divided_twin(whole)
+        reached = Reached(student)
         if isinstance(teacher, nn.Module):
             divide_(teacher)
-    objective = Objective(student, teacher, batch_of, train, seed, autocast_dtype(student, train))
+    objective = Objective(student, teacher, batch_of, train, seed, autocast_dtype(student, train), reached)
     optimizer, peaks = optimizer_of(student, train)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     batches = Batches(num_examples, train.batch_size, seed, length_of)

@@ -12,10 +12,14 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as parts
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from hyperfade.distill.divide import is_divided
 from hyperfade.errors import CheckpointError
@@ -85,7 +89,7 @@ def load_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim
     parameters = trained_parameters(model)
     try:
         tensors = _load_parts(target, parameters) if is_divided(model) else load_file(target / _TENSORS)
-    except (SafetensorError, OSError, ValueError, parts.CheckpointException) as error:
+    except (SafetensorError, OSError, ValueError, CheckpointException) as error:
         raise CheckpointError(f"{target} cannot be read: {error}.", _OTHER_RUN) from error
     saved = {key.removeprefix("parameter/") for key in tensors if key.startswith("parameter/")}
     odd = sorted(saved ^ set(parameters))
@@ -110,18 +114,19 @@ def load_state(folder: Path, step: int, model: nn.Module, optimizer: torch.optim
 def _save_parts(tensors: dict[str, Tensor], target: Path) -> None:
     """This process's parts; what is no parameter's size (AdamW's step) is whole in all, and one of them writes it."""
     flat = {key: value.reshape(-1) if value.dim() == 0 else value for key, value in tensors.items()}
-    parts.save(flat, storage_writer=parts.HuggingFaceStorageWriter(str(target), save_distributed=True))
+    save(flat, storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True))
 
 
 def _load_parts(target: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """This process's parts of all that is saved in `target`, laid out like `parameters` where they are like them."""
-    reader = parts.HuggingFaceStorageReader(str(target))
+    reader = HuggingFaceStorageReader(str(target))
     tensors: dict[str, Tensor] = {}
     for key, entry in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
         like = parameters.get(key.split("/")[-1])
-        fits = like is not None and like.shape == entry.size
-        tensors[key] = torch.zeros_like(like.detach()) if fits else torch.zeros(entry.size)
-    parts.load(tensors, storage_reader=reader)
+        alike = like is not None and like.shape == entry.size
+        tensors[key] = torch.zeros_like(like.detach()) if like is not None and alike else torch.zeros(entry.size)
+    load(tensors, storage_reader=reader)
     return {key: value[0] if key.startswith("optimizer/step/") else value for key, value in tensors.items()}
 
 

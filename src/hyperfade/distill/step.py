@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hyperfade.data.collate import IGNORED
 from hyperfade.distill.cached import CachedTeacher
-from hyperfade.distill.divide import is_divided, leave_out_unreached_
+from hyperfade.distill.divide import Reached
 from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
 from hyperfade.distill.schedule import kd_weight_at
 from hyperfade.distill.state import seed_step
@@ -32,7 +32,8 @@ BatchOf = Callable[[Sequence[int]], Batch]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, on what. teacher: a model, or its cached answers. autocast_dtype None: no autocast."""
+    """What is minimised, on what. teacher: a model, or its cached answers. autocast_dtype None: no autocast. reached:
+    of a divided student."""
 
     student: Any
     teacher: Any
@@ -40,6 +41,7 @@ class Objective:
     train: Train
     seed: int
     autocast_dtype: torch.dtype | None
+    reached: Reached | None = None
 
 
 def autocast_dtype(model: nn.Module, train: Train) -> torch.dtype | None:
@@ -57,7 +59,7 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
     """
     train, size = objective.train, objective.train.batch_size
     trained = [parameter for parameter in objective.student.parameters() if parameter.requires_grad]
-    divided = is_divided(objective.student)
+    divided = objective.reached is not None
     device = trained[0].device
     seed_step(objective.seed, step, join().process_index)
     sums, exhausted = torch.zeros(4, device=device), False
@@ -96,8 +98,8 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         return None
-    if divided:
-        leave_out_unreached_(trained)
+    if objective.reached is not None:
+        objective.reached.leave_out_others_(trained)
     else:
         _sum_gradients_(trained)
     sum_([sums])
