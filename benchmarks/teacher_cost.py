@@ -1,12 +1,12 @@
 """What a training step costs with cached teacher answers beside the live teacher: python benchmarks/teacher_cost.py
 
-Both train the same quarter-size student in polish as `hyperfade compress` does, in alternating rounds; reported are the
+Both train the same quarter-size student in polish, or with --fade in the fade, as `hyperfade compress` does, in alternating rounds; reported are the
 medians of the rounds' ratios, what the answers take on disk and took to compute, and what the live step's time goes to.
 Beside the clock stands the time the processor worked for this process, which tells the two apart on a machine that
 others use too (not on a GPU).
 
-What can be gained: if the student's forward pass costs s of the teacher's, and its backward pass twice that, a step costs
-1 + 3s with a teacher and 3s without. Two thirds need s < 2/3.
+What can be gained: if the student's forward pass costs s of the teacher's, and its backward pass twice that, a step
+costs 1 + 3s with a teacher and 3s without: 0.75 for s = 1, 0.7 for s = 0.78, 0.6 for s = 0.5.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="embedded", help="checkpoint folder, or `embedded`")
     parser.add_argument("--shape", help="HIDDEN,FFN,LAYERS of a random language model in the shipped one's place")
+    parser.add_argument("--fade", action="store_true", help="steps of the fade, with reconstruction, not of the polish")
     parser.add_argument("--attention", default="eager", help="sdpa or eager, which is faster with short sequences here")
     parser.add_argument("--batch-size", type=int, default=64, help="samples per step")
     parser.add_argument("--top-k", type=int, default=32, help="tokens kept per answer token")
@@ -72,8 +73,9 @@ def main() -> None:
     source = open_source("easy-vqa:train")
     collator = Collator(load_processor(args.model), max_tokens=512)
     train = Train(
-        fade_steps=0,
-        polish_steps=args.steps,
+        fade_steps=args.steps + 1 if args.fade else 0,  # the last step of a fade has no dense branch
+        polish_steps=0 if args.fade else args.steps,
+        reconstruction_weight=1e-3 if args.fade else 0.0,
         batch_size=args.batch_size,
         checkpoint_every=10**6,
         teacher_top_k=args.top_k,
@@ -124,10 +126,11 @@ def main() -> None:
             spent.update(before)
         else:
             spent["step"] += ends[-1] - ends[0]  # type: ignore[assignment]
+        taken, ends = taken[: args.steps], ends[: args.steps + 1]
         return statistics.median(taken[1:]), statistics.median(late - early for early, late in pairwise(ends[1:]))
 
     with tempfile.TemporaryDirectory() as folder:
-        model, numbers = fresh(), Batches(len(source), args.batch_size, 0).drawn(args.steps)
+        model, numbers = fresh(), Batches(len(source), args.batch_size, 0).drawn(args.steps + args.fade)
         began = time.perf_counter()
         cached = cache_teacher(
             model,
