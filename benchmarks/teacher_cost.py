@@ -1,9 +1,9 @@
 """What a training step costs with cached teacher answers beside the live teacher: python benchmarks/teacher_cost.py
 
-Both train the same quarter-size student in polish, or with --fade in the fade, as `hyperfade compress` does, in alternating rounds; reported are the
-medians of the rounds' ratios, what the answers take on disk and took to compute, and what the live step's time goes to.
-Beside the clock stands the time the processor worked for this process, which tells the two apart on a machine that
-others use too (not on a GPU).
+Both train the same quarter-size student in polish, or with --fade in the fade, as `hyperfade compress` does, in
+alternating rounds; reported are the medians of the rounds' ratios, what the answers take on disk and took to compute,
+and what the live step's time goes to. Beside the clock stands the time the processor worked for this process, which
+tells the two apart on a machine that others use too (not on a GPU).
 
 What can be gained: if the student's forward pass costs s of the teacher's, and its backward pass twice that, a step
 costs 1 + 3s with a teacher and 3s without: 0.75 for s = 1, 0.7 for s = 0.78, 0.6 for s = 0.5.
