@@ -8,12 +8,11 @@ from hyperfade.surgery.basis import (
     pruned_error,
     refitted_writer,
 )
+from hyperfade.surgery.experts import Experts, find_experts, tensor_names
 from hyperfade.surgery.families import (
     FFN,
     Dense,
-    Experts,
     features,
-    find_experts,
     find_ffns,
     region_of,
     weight_of,
@@ -48,5 +47,6 @@ __all__ = [
     "set_alpha_",
     "spec_of",
     "swap_",
+    "tensor_names",
     "weight_of",
 ]
