@@ -121,9 +121,9 @@ class HyperfadeQuantizer(HfQuantizer):
         experts = {name for name, spec in self.specs.items() if spec.experts}
         return [name if name in experts else f"{name}.weight" for name in self.dense_names]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Leave out the conversions that build or divide tensors of experts where some were replaced."""
-        return super().update_weight_conversions(_unconcerned(weight_conversions, self.specs), *model)
+        return super().update_weight_conversions(_unconcerned(weight_conversions, self.specs), *args, **kwargs)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to `quantize on load`: compression needs calibration and training."""
@@ -178,7 +178,7 @@ class HyperfadeQuantizer(HfQuantizer):
             if own is None:  # as transformers does for a model that was never loaded
                 found = get_model_conversion_mapping(model, add_legacy=False)
                 own = [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
-            model._weight_conversions = _unconcerned(own, self.specs)  # what saving reverts
+            model._weight_conversions = _unconcerned(own, self.specs)  # type: ignore[assignment]  (what saving reverts)
         held = {f"{n}.{part}" for n, low in self.low_bits.items() if low.to != "int4" for part in ("qdata", "scale")}
         if self.storage_dtype is not None:
             stored: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one, or they would be written twice

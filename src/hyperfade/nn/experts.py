@@ -33,17 +33,18 @@ _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class Groups:
     """Which rows are whose. expert (S,): every row's expert, rising; ends (E,) int32: where each expert's rows end;
-    token (S,): the token that a row is of."""
+    token (S,): which of `num_tokens` tokens a row is of."""
 
     expert: Tensor
     ends: Tensor
     token: Tensor
+    num_tokens: int
 
     @classmethod
-    def of(cls, expert: Tensor, token: Tensor, num_experts: int) -> "Groups":
+    def of(cls, expert: Tensor, token: Tensor, num_experts: int, num_tokens: int) -> "Groups":
         """The groups of rows that are sorted by their `expert` (S,)."""
         ends = torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True)
-        return cls(expert, ends.int(), token)
+        return cls(expert, ends.int(), token, num_tokens)
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

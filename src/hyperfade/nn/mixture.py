@@ -48,7 +48,7 @@ class RoutedExperts(_Mixture):
         top_k = top_k_index.shape[-1]
         expert, order = torch.sort(top_k_index.reshape(-1))
         token = order // top_k
-        y = self._outputs(x[token], Groups.of(expert, token, self.num_experts))
+        y = self._outputs(x[token], Groups.of(expert, token, self.num_experts, x.shape[0]))
         if getattr(self.rest, "has_post_expert_norm", False):  # not every version of transformers says so
             y = self.rest.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -66,6 +66,6 @@ class ArrangedExperts(_Mixture):
     def forward(self, x: Tensor) -> Tensor:
         routed = x.any(1).nonzero().squeeze(1)
         num_tokens = x.shape[0] // self.num_experts
-        groups = Groups.of(routed // num_tokens, routed % num_tokens, self.num_experts)
+        groups = Groups.of(routed // num_tokens, routed % num_tokens, self.num_experts, num_tokens)
         y = self._outputs(x[routed], groups)
         return y.new_zeros(x.shape[0], y.shape[1]).index_copy(0, routed, y)
