@@ -185,7 +185,7 @@ def _items(model: nn.Module, replace: Replace) -> list[_Item]:
         if ffn.experts:
             raise PlanError(
                 f"replace.budget cannot be shared out over experts: {ffn.name} has {ffn.experts}.",
-                f"Give sizes and no budget, or keep them dense: replace.exclude: ['*.{ffn.name.rpartition('.')[2]}.*'].",
+                "Give sizes and no budget, or keep them dense: replace.exclude: ['*.experts.*'].",
             )
         layer: Layer = getattr(replace, ffn.region)
         matrices: dict[str, Any] = {swap.name: modules[swap.name] for swap in the_plan.swaps if swap.ffn == ffn.name}

@@ -8,10 +8,11 @@ from hyperfade.surgery.basis import (
     pruned_error,
     refitted_writer,
 )
-from hyperfade.surgery.experts import Experts, find_experts, tensor_names
+from hyperfade.surgery.experts import Experts, close_experts_, find_experts, tensor_names
 from hyperfade.surgery.families import (
     FFN,
     Dense,
+    dense_matrices,
     features,
     find_ffns,
     region_of,
@@ -27,7 +28,9 @@ __all__ = [
     "Plan",
     "Swap",
     "blends",
+    "close_experts_",
     "contribution_order",
+    "dense_matrices",
     "drop_dense_",
     "energy_order",
     "features",

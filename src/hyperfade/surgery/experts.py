@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -83,7 +84,25 @@ def open_experts_(model: nn.Module, names: Iterable[str]) -> None:
         model.set_submodule(experts.name, opened.train(module.training))
 
 
-def opened_experts(model: nn.Module) -> dict[str, nn.Module]:
+def close_experts_(model: nn.Module) -> list[str]:
+    """Undo `open_experts_`: every tensor is one of numbers again, those of light layers materialised. Their names."""
+    found = []
+    for name, mixture in opened_experts(model).items():
+        module = mixture.rest
+        for key in (mixture.reader, mixture.writer):
+            matrix: Any = mixture.get_submodule(key)
+            weight = matrix.weight.detach()
+            if isinstance(mixture, ArrangedExperts) or getattr(module, "is_transposed", False):
+                weight = weight.transpose(1, 2).contiguous()
+            module.register_parameter(key, nn.Parameter(weight, requires_grad=False))
+            if matrix.bias is not None:
+                module.register_parameter(f"{key}_bias", matrix.bias)
+            found.append(f"{name}.{key}")
+        model.set_submodule(name, module)
+    return found
+
+
+def opened_experts(model: nn.Module) -> dict[str, ArrangedExperts | RoutedExperts]:
     """The opened modules of experts by name."""
     kinds = (ArrangedExperts, RoutedExperts)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
