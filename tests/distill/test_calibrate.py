@@ -54,8 +54,8 @@ def test_a_matrix_sees_the_second_moment_of_its_inputs_behind_the_compressed_pre
     replace = QUARTER if family == "llava_siglip" else Replace(language=Layer(n=4), vision=None)
     student, _, plan = swapped(replace, family)
     moments: list[Tensor] = []
-    real = calibrate.fit
-    monkeypatch.setattr(calibrate, "fit", lambda w, a, c, **kw: (moments.append(c.clone()), real(w, a, c, **kw))[1])
+    real = matrices.fit
+    monkeypatch.setattr(matrices, "fit", lambda w, a, c, **kw: (moments.append(c.clone()), real(w, a, c, **kw))[1])
     order: list[str] = []
     batches = _padded_batches(family)
     fit_(student, plan, batches, LIGHT, on_layer=lambda layer: order.append(layer.name))
@@ -193,8 +193,8 @@ def test_a_fit_continues_from_its_folder_without_fitting_again(
 
     second, _, _ = swapped()
     fresh: list[str] = []
-    real = calibrate.fit
-    monkeypatch.setattr(calibrate, "fit", lambda *a, **k: (fresh.append("fit"), real(*a, **k))[1])
+    real = matrices.fit
+    monkeypatch.setattr(matrices, "fit", lambda *a, **k: (fresh.append("fit"), real(*a, **k))[1])
     continued = fit_(second, plan, calibration(), recipe, tmp_path)
     assert len(fresh) == len(plan.swaps) - sum(len(ffn.linears) for ffn in _by_use(plan)[:3])
     assert_same_weights(weights(whole), weights(second))
