@@ -58,6 +58,9 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     model = TEXT[name]()
     randomize_(model, 0)
+    for parameter in model.parameters():
+        if parameter.dim() == 3:  # of experts: as large as if each stood alone
+            parameter.data *= parameter.shape[-1] ** 0.5
     return model.to(dtype).eval().requires_grad_(False)
 
 
