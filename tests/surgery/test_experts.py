@@ -72,7 +72,7 @@ def test_swapping_changes_nothing_and_opening_can_be_undone(name: str) -> None:
     kind = ArrangedExperts if name == "llama4" else RoutedExperts
     assert sum(type(module) is kind for module in opened.modules()) == len(find_experts(model))
     off = (logits(opened, name) - dense).abs().max()
-    assert off <= (1e-5 if name == "llama4" else 0)  # seen 5e-7: Llama 4 runs all tokens through every expert
+    assert off <= (1e-5 if name == "llama4" else 0)  # seen 1e-6: Llama 4 runs all tokens through every expert
     close_experts_(opened)
     assert type(opened) is type(model)
     again = opened.state_dict()
@@ -137,7 +137,7 @@ def test_rules_reach_one_matrix_of_the_experts_and_the_other_stays_dense() -> No
         rule = Rule(match="*.experts.gate_up_proj", layer=Layer(kind="low_rank", fraction=0.3))
         the_plan = plan(model, Replace(language=Layer(n=2), vision=None, exclude=("*.1.*down_proj",), rules=(rule,)))
         swap_(model, the_plan)
-        assert (logits(model, name) - dense).abs().max() < 1e-5  # seen 5e-7
+        assert (logits(model, name) - dense).abs().max() < 1e-5  # seen 0
         set_alpha_(model, 1.0)
         drop_dense_(model)
         first, last = (e for e in model.modules() if isinstance(e, RoutedExperts))
