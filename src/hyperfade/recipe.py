@@ -213,7 +213,7 @@ class Fit(_Section):
     batch_size: int = Field(default=16, ge=1, description="samples per calibration forward pass")
     ridge: Number = Field(default=1e-6, ge=0, description="added to C's diagonal, relative to its mean")
     expert_prior: Number = Field(
-        default=1.0,
+        default=0.1,
         gt=0,
         description="weight of all experts' average in each expert's second moment, in tokens per input feature",
     )

@@ -141,9 +141,9 @@ def test_an_expert_that_nobody_reached_is_fitted_on_the_average_and_named() -> N
 
 def test_the_fit_is_kept_and_taken_up_again_with_the_experts_it_named(tmp_path: Path) -> None:
     model, the_plan = swapped()
-    first = fit_(model, the_plan, batches(), Fit(sweeps=2), tmp_path)
+    first = fit_(model, the_plan, batches(), Fit(sweeps=2, expert_prior=2), tmp_path)
     again, _ = swapped()
-    kept = fit_(again, the_plan, [batches()[0]], Fit(sweeps=2), tmp_path)
+    kept = fit_(again, the_plan, [batches()[0]], Fit(sweeps=2, expert_prior=2), tmp_path)
     assert kept == first
     assert any(layer.few_tokens for layer in first)
     assert_same_weights(weights(model), weights(again))

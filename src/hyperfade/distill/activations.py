@@ -40,7 +40,7 @@ class Reached(Exception):
 
 
 def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float, expert_prior: float = 1.0
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float, expert_prior: float = 0.1
 ) -> dict[str, Moment]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
     `ridge` on the diagonal; padding of the text does not count. Of matrices of experts one for each, and the average of
