@@ -5,9 +5,10 @@ moment C_e from N_e < d tokens does not even have full rank. So each leans on th
 
     C_e ← (N_e C_e + κ C̄) / (N_e + κ),    κ = fit.expert_prior · d
 
-as if κ tokens of an average expert had come as well (`benchmarks/expert_speed.py` compares weights). An expert that met none is fitted on C̄ alone; what is left where
-nothing was routed anywhere is the Frobenius fit, C = 1, which is `fit.method: frobenius`. Experts that met fewer than κ
-tokens, and so are fitted on the average more than on their own, are named in `LayerFit.few_tokens`.
+as if κ tokens of an average expert had come as well (`benchmarks/expert_speed.py` compares weights). An expert that met
+none is fitted on C̄ alone; what is left where nothing was routed anywhere is the Frobenius fit, C = 1, which is
+`fit.method: frobenius`. Experts that met fewer than κ tokens, and so are fitted on the average more than on their own,
+are named in `LayerFit.few_tokens`.
 """
 
 import math
@@ -40,8 +41,8 @@ class LayerFit:
     low_rank_error is that of the whitened low-rank layer with as many parameters. Where an FFN keeps a part of its
     hidden units, a reader's error is that of the rows that stay, and the writer's holds what leaving others out costs.
     seconds of the first matrix on an input hold the calibration passes that gathered its second moment. Errors of
-    experts are over all of them, each by its tokens and on the moment it was fitted on; few_tokens: experts that calibration hardly reached, by number,
-    with the tokens that each met.
+    experts are over all of them, each by its tokens and on the moment it was fitted on; few_tokens: experts that
+    calibration hardly reached, by number, with the tokens that each met.
     """
 
     name: str
