@@ -27,7 +27,6 @@ WHY = {
     "diffusion_gemma": "it writes by diffusion: there are no next-token logits to distil",
     "fast_vlm": _TIMM,
     "gemma3n": _TIMM,
-    "inkling_mm_model": "all its FFNs are experts stored as one tensor, which stay dense",
     "llama4": "its forward fails in this version of transformers, dense as well; its FFNs are found",
     "perception_lm": _TIMM,
     "pi0": "it gives actions of a robot, no text; its FFNs are found",
@@ -82,10 +81,10 @@ def page(results: dict[str, Any]) -> str:
         "implies.",
         "",
         "The regions' columns count FFNs in the tiny model (two layers mostly); `other` is audio and what else only "
-        "`replace.patterns` reaches. `expert tensors`: modules that store experts as one tensor; they stay dense, and "
-        "the plan says so. `reached`: replaced matrices that the forward pass of the trial met.",
+        "`replace.patterns` reaches. `experts`: modules that hold experts as tensors, beside the FFNs of the regions. "
+        "`reached`: replaced matrices that the forward pass of the trial met; those of a module's experts are two.",
         "",
-        "| model type | class | language | vision | projector | other | expert tensors | reached | left out |",
+        "| model type | class | language | vision | projector | other | experts | reached | left out |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family in passed:

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import FAMILIES
 
 from hyperfade.recipe import Layer, Replace
-from hyperfade.report import allocation_lines, harness_lines, plan_lines, write_report
+from hyperfade.report import allocation_lines, few_tokens_text, harness_lines, plan_lines, write_report
 from hyperfade.surgery import human, plan
 
 
@@ -209,3 +209,10 @@ def test_standard_errors_and_filters_are_written_where_there_are_any() -> None:
         "group  acc                   0.2500",
     ]
     assert harness_lines({"results": {}, "n-samples": {}}) == []
+
+
+def test_experts_that_calibration_hardly_reached_are_named_with_their_tokens() -> None:
+    few = {str(expert): expert * 3 for expert in range(10)}
+    assert few_tokens_text({"4": 0}).endswith("than on their own tokens: expert 4 (0)")
+    assert few_tokens_text(few).endswith("expert 0 (0), 1 (3), 2 (6), 3 (9), 4 (12), 5 (15), 6 (18), 7 (21) and 2 more")
+    assert few_tokens_text(few, None).endswith("8 (24), 9 (27)")

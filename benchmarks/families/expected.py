@@ -3,7 +3,7 @@
     expected("llava", config)  →  {"language": (2, 9216), "vision": (2, 2672), "projector": (1, 1600)}
 
 Most families have a gated language FFN without biases and a vision FFN of two biased matrices; `_LANGUAGE`, `_VISION`
-and `_PROJECTOR` hold what differs. Experts stored as one tensor are no FFN of these.
+and `_PROJECTOR` hold what differs. A module of experts counts as one FFN, in a part of its own: `_EXPERTS`.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from families.formulas import (
     one,
     pixtral,
     qformer,
+    routed,
     shared_alone,
     shuffled,
     text,
@@ -42,6 +43,7 @@ def expected(model_type: str, config: Any) -> dict[str, Part]:
         "vision": _VISION.get(model_type, vit)(config),
         "projector": _PROJECTOR.get(model_type, none)(config),
         "other": _OTHER.get(model_type, none)(config),
+        "experts": _EXPERTS.get(model_type, none)(config),
     }
     return {region: part for region, part in parts.items() if part[0]}
 
@@ -200,6 +202,35 @@ def _muse_audio(c: Any) -> Part:
     return 2 * len(c.audio_config.hidden_sizes), 2 * sum(mlp(h, 4 * h) for h in c.audio_config.hidden_sizes)
 
 
+def _dots_experts(c: Any) -> Part:
+    v, (number, own) = c.vision_config, routed(c)
+    sparse = v.mlp_layer_types.count("sparse")
+    return number + sparse, own + sparse * v.num_local_experts * 3 * v.hidden_size * v.moe_intermediate_size
+
+
+def _ernie_experts(c: Any) -> Part:
+    """Two modules in a sparse layer: of words and of images."""
+    t, sparse = text(c), text(c).mlp_layer_types.count("sparse")
+    return 2 * sparse, sparse * t.moe_num_experts * 3 * t.hidden_size * sum(t.moe_intermediate_size)
+
+
+def _nemotron_experts(c: Any) -> Part:
+    t = text(c)
+    sparse = t.layers_block_type.count("moe")
+    return sparse, sparse * t.n_routed_experts * 2 * t.hidden_size * t.moe_intermediate_size
+
+
+_EXPERTS: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("aria", "deepseek_ocr2", "glm4v_moe", "glm5_next", "hy_v4_vl", "inkling2", "inkling2_loop"), routed
+    ),
+    **dict.fromkeys(("inkling_mm_model", "kimi_k25", "llama4", "minimax_m3_vl", "mistral4", "mistral_large4"), routed),
+    **dict.fromkeys(("muse_spark", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp"), routed),
+    **dict.fromkeys(("step3p7", "unlimited_ocr"), routed),
+    "dots3_note": _dots_experts,
+    "ernie4_5_vl_moe": _ernie_experts,
+    "nemotron_h_omni": _nemotron_experts,
+}
 _OTHER: dict[str, Rule] = {
     "dots3_note": _dots_audio,
     "evolla": _evolla,

@@ -67,6 +67,17 @@ def experts(config: Any, shared: int, dense: int | None = None) -> Part:
     return number, 3 * t.hidden_size * (own * t.intermediate_size + sparse * shared)
 
 
+def routed(config: Any) -> Part:
+    """Gated experts in every sparse layer: a module each, with the parameters of all."""
+    t = text(config)
+    names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    number = next(getattr(t, name) for name in names if getattr(t, name, None))
+    kinds = getattr(t, "mlp_layer_types", None)
+    sparse = kinds.count("sparse") if kinds else t.num_hidden_layers - (getattr(t, "first_k_dense_replace", None) or 0)
+    units = getattr(t, "moe_intermediate_size", None) or t.intermediate_size
+    return sparse, sparse * number * 3 * t.hidden_size * units
+
+
 def shared_alone(config: Any, shared: int) -> Part:
     """Gated shared experts in every layer, of a config without dense layers."""
     t = text(config)

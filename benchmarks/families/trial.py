@@ -27,7 +27,7 @@ from hyperfade.hub import fold_, load, save
 from hyperfade.hub.quantizer import align_
 from hyperfade.nn import light_modules
 from hyperfade.recipe import Layer, Replace
-from hyperfade.surgery import Plan, blends, find_experts, find_ffns, plan, set_alpha_, swap_
+from hyperfade.surgery import Plan, blends, dense_matrices, find_experts, find_ffns, plan, set_alpha_, swap_
 
 NAMES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Model type → class, of all that answer in text about images."""
@@ -86,12 +86,14 @@ def skeleton(model_type: str) -> Any:
 
 
 def counts(model: Any) -> dict[str, tuple[int, int]]:
-    """Region → (number of FFNs, their parameters)."""
+    """Region → (number of FFNs, their parameters); modules of experts count for themselves, as `experts`."""
     found: dict[str, tuple[int, int]] = {}
+    matrices = dense_matrices(model)
     for ffn in find_ffns(model):
-        number, parameters = found.get(ffn.region, (0, 0))
-        own = sum(p.numel() for linear in ffn.linears for p in model.get_submodule(linear).parameters())
-        found[ffn.region] = (number + 1, parameters + own)
+        part = "experts" if ffn.experts else ffn.region
+        number, parameters = found.get(part, (0, 0))
+        own = sum(p.numel() for linear in ffn.linears for p in matrices[linear].parameters())
+        found[part] = (number + 1, parameters + own)
     return found
 
 

@@ -211,6 +211,11 @@ class Fit(_Section):
     samples: int = Field(default=128, ge=1, description="training samples whose activations calibrate the fit")
     batch_size: int = Field(default=16, ge=1, description="samples per calibration forward pass")
     ridge: Number = Field(default=1e-6, ge=0, description="added to C's diagonal, relative to its mean")
+    expert_prior: Number = Field(
+        default=0.1,
+        gt=0,
+        description="weight of all experts' average in each expert's second moment, in tokens per input feature",
+    )
 
     @model_validator(mode="after")
     def _basis_needs_activations(self) -> Self:

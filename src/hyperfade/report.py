@@ -114,6 +114,13 @@ def _page(results: dict[str, Any]) -> str:
         f"| {layer['name']} | {layer['label']} | {_error(layer['error'])} | {_error(layer['low_rank_error'])} |"
         for layer in results["layers"]
     )
+    hardly_reached = "".join(
+        f"- {layer['name']}, {few_tokens_text(layer['few_tokens'], None)}\n"
+        for layer in results["layers"]
+        if layer.get("few_tokens")
+    )
+    if hardly_reached:
+        hardly_reached = f"Experts by number, with the tokens that calibration routed to each:\n\n{hardly_reached}\n"
     qualities = "\n\n".join(_quality_table(task, models) for task, models in _by_task(results).items())
     entries = {"compressed": results, **results["rivals"]}
     times = "\n".join(
@@ -157,7 +164,7 @@ Relative output error before any training, beside whitened low-rank of the same 
 |---|---|---|---|
 {layers}
 
-{allocations}## Samples left out
+{hardly_reached}{allocations}## Samples left out
 
 {skipped}
 """
@@ -210,6 +217,13 @@ def fault_text(fault: dict[str, Any]) -> str:
     if "back_to" in fault:
         return f"{fault['fault']} in step {fault['step']}: back to step {fault['back_to']}, with half the step"
     return f"{fault['fault']} in step {fault['step']}: every batch in {fault['parts']} parts from then on"
+
+
+def few_tokens_text(few_tokens: dict[str, int], most: int | None = 8) -> str:
+    """Which experts calibration hardly reached, in one sentence; at most so many by number."""
+    shown = [f"{expert} ({tokens})" for expert, tokens in few_tokens.items()]
+    rest = "" if most is None or len(shown) <= most else f" and {len(shown) - most} more"
+    return f"fitted on the average of all experts more than on their own tokens: expert {', '.join(shown[:most])}{rest}"
 
 
 def _error(value: float | None) -> str:

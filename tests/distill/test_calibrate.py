@@ -10,9 +10,8 @@ from tiny_models import FAMILIES
 from torch import Tensor
 from toy import HALF, QUARTER, assert_same_weights, calibration, swapped, weights
 
-import hyperfade.distill.calibrate as calibrate
 from hyperfade.algebra import low_rank
-from hyperfade.distill import LayerFit, fit_
+from hyperfade.distill import LayerFit, calibrate, fit_, matrices
 from hyperfade.errors import FitError
 from hyperfade.recipe import Fit, Layer, Replace
 from hyperfade.surgery import Plan, blends, matched_low_rank, set_alpha_
@@ -54,8 +53,8 @@ def test_a_matrix_sees_the_second_moment_of_its_inputs_behind_the_compressed_pre
     replace = QUARTER if family == "llava_siglip" else Replace(language=Layer(n=4), vision=None)
     student, _, plan = swapped(replace, family)
     moments: list[Tensor] = []
-    real = calibrate.fit
-    monkeypatch.setattr(calibrate, "fit", lambda w, a, c, **kw: (moments.append(c.clone()), real(w, a, c, **kw))[1])
+    real = matrices.fit
+    monkeypatch.setattr(matrices, "fit", lambda w, a, c, **kw: (moments.append(c.clone()), real(w, a, c, **kw))[1])
     order: list[str] = []
     batches = _padded_batches(family)
     fit_(student, plan, batches, LIGHT, on_layer=lambda layer: order.append(layer.name))
@@ -95,13 +94,14 @@ def test_padding_would_change_the_second_moment() -> None:
 def test_errors_are_those_of_the_layers_that_were_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     student, _, plan = swapped(HALF)
     calls: dict[str, Tensor] = {}
-    real = calibrate._fit_matrix
+    real = calibrate.fit_matrix
+    names = {id(blend.light): name for name, blend in blends(student).items()}
 
-    def spy(blend: Any, swap: Any, rival: Any, moment: Tensor, recipe: Fit) -> tuple[float, int]:
-        calls[swap.name] = moment.clone()
-        return real(blend, swap, rival, moment, recipe)
+    def spy(weight: Tensor, light: Any, spec: Any, rival: Any, moment: Tensor, recipe: Fit) -> tuple[float, int]:
+        calls[names[id(light)]] = moment.clone()
+        return real(weight, light, spec, rival, moment, recipe)
 
-    monkeypatch.setattr(calibrate, "_fit_matrix", spy)
+    monkeypatch.setattr(calibrate, "fit_matrix", spy)
     fitted = fit_(student, plan, calibration(), LIGHT)
     swaps, layers = {swap.name: swap for swap in plan.swaps}, blends(student)
     assert {layer.name for layer in fitted} == set(swaps)
@@ -193,8 +193,8 @@ def test_a_fit_continues_from_its_folder_without_fitting_again(
 
     second, _, _ = swapped()
     fresh: list[str] = []
-    real = calibrate.fit
-    monkeypatch.setattr(calibrate, "fit", lambda *a, **k: (fresh.append("fit"), real(*a, **k))[1])
+    real = matrices.fit
+    monkeypatch.setattr(matrices, "fit", lambda *a, **k: (fresh.append("fit"), real(*a, **k))[1])
     continued = fit_(second, plan, calibration(), recipe, tmp_path)
     assert len(fresh) == len(plan.swaps) - sum(len(ffn.linears) for ffn in _by_use(plan)[:3])
     assert_same_weights(weights(whole), weights(second))

@@ -14,8 +14,6 @@ from transformers import (
     GPT2LMHeadModel,
     Phi3Config,
     Phi3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -24,10 +22,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hyperfade.distill import fit_
-from hyperfade.errors import CheckpointError, NothingMatchedError
+from hyperfade.errors import CheckpointError
 from hyperfade.hub import fold_, load, save, skeleton
 from hyperfade.recipe import Fit, Layer, Replace
-from hyperfade.surgery import FFN, blends, find_experts, find_ffns, permute_hidden_, plan, set_alpha_, swap_
+from hyperfade.surgery import FFN, blends, find_ffns, permute_hidden_, plan, set_alpha_, swap_
 
 _SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
 _IDS = torch.tensor([[5, 9, 3, 7, 11, 4]])
@@ -169,31 +167,6 @@ def test_a_class_that_transformers_does_not_have_is_named(tmp_path: Path) -> Non
     file.write_text(file.read_text().replace('"CLIPModel"', '"MyModel"'))
     with pytest.raises(CheckpointError, match="MyModel"):
         load(str(tmp_path / "clip"))
-
-
-def _experts(sparse_step: int) -> Any:
-    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    options: dict[str, Any] = {"vocab_size": 64, "num_key_value_heads": 2, "decoder_sparse_step": sparse_step}
-    config = Qwen3MoeConfig(**_SMALL, **experts, **options)
-    with torch.device("meta"):
-        return Qwen3MoeForCausalLM(config)
-
-
-def test_experts_in_one_tensor_are_listed_as_dense_with_their_number() -> None:
-    model = _experts(2)  # every second layer
-    (held,) = find_experts(model)
-    assert (held.name, held.number, held.tensors) == ("model.layers.1.mlp.experts", 4, ("gate_up_proj", "down_proj"))
-    the_plan = plan(model, Replace(vision=None))
-    assert [ffn.name for ffn in the_plan.ffns] == ["model.layers.0.mlp"]
-    assert dict(the_plan.kept) == {
-        f"{held.name}.{tensor}": "holding 4 experts in one tensor" for tensor in held.tensors
-    }
-    assert the_plan.missing == ()
-
-
-def test_a_model_of_experts_alone_says_that_it_has_nothing_else() -> None:
-    with pytest.raises(NothingMatchedError, match=r"but model\.layers\.0\.mlp\.experts, experts stored as one tensor"):
-        plan(_experts(1), Replace(vision=None))
 
 
 class _Listening(nn.Module):

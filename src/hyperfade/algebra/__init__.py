@@ -4,7 +4,16 @@ from hyperfade.algebra.bases import NAMED, Algebra, BilinearFactors
 from hyperfade.algebra.fit import Fit, fit
 from hyperfade.algebra.kron import blocks, kron_sum, rearranged
 from hyperfade.algebra.low_rank import LowRankFit, low_rank, rank_errors, rank_for, square_root, tail_errors
-from hyperfade.algebra.moments import SecondMoment, conditioned, in_float64, output_error, ridge_, solve_psd
+from hyperfade.algebra.moments import (
+    SecondMoment,
+    conditioned,
+    energy,
+    in_float64,
+    output_error,
+    ridge_,
+    shrunk,
+    solve_psd,
+)
 
 __all__ = [
     "NAMED",
@@ -15,6 +24,7 @@ __all__ = [
     "SecondMoment",
     "blocks",
     "conditioned",
+    "energy",
     "fit",
     "in_float64",
     "kron_sum",
@@ -24,6 +34,7 @@ __all__ = [
     "rank_for",
     "rearranged",
     "ridge_",
+    "shrunk",
     "solve_psd",
     "square_root",
     "tail_errors",

@@ -43,6 +43,23 @@ class SecondMoment:
         return result
 
 
+def shrunk(moments: Sequence[SecondMoment], prior_tokens: float) -> list[Tensor]:
+    """The means of several second moments, (N C + κ C̄) / (N + κ) each, as if κ = `prior_tokens` of their average C̄ had
+    come to it as well. Takes the accumulators' memory. Raises `FitError` where none of them has a token."""
+    total = sum(moment.num_tokens for moment in moments)
+    if not total:
+        raise FitError("No input reached any expert during calibration.", "Exclude them, or give other data.")
+    average = torch.zeros_like(moments[0]._sum)
+    for moment in moments:
+        average.add_(moment._sum, alpha=1 / total)
+    results = []
+    for moment in moments:
+        weight = moment.num_tokens + prior_tokens
+        results.append(moment._sum.add_(average, alpha=prior_tokens).div_(weight) if weight else average)
+        moment._sum, moment.num_tokens = torch.zeros_like(average[:0]), 0
+    return results
+
+
 def in_float64(x: Tensor) -> Tensor:
     """x, detached, in float64 where it lies, or on the CPU where its device has no float64 (Apple's)."""
     return x.detach().to(_float64_device(x.device)).double()

@@ -17,6 +17,7 @@ from hyperfade.data import Collator, open_source
 from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
 from hyperfade.hub import takes_images
 from hyperfade.nn import Light, LowBitLinear, light_modules, low_bit_modules
+from hyperfade.surgery import close_experts_
 
 _INT32, _BOOL = 6, 9  # as ONNX numbers its types
 
@@ -24,6 +25,7 @@ _INT32, _BOOL = 6, 9  # as ONNX numbers its types
 @torch.no_grad()
 def densify_(model: PreTrainedModel) -> list[str]:
     """Put an `nn.Linear` with the materialised W in the place of every light and every low-bit layer; their names.
+    Experts become the tensors again that they were.
 
     Hidden units that a narrow FFN lacks come back as zeros at the end, so the model has its dense config's widths.
     Raises `NothingMatchedError` where the model has no such layer.
@@ -34,8 +36,12 @@ def densify_(model: PreTrainedModel) -> list[str]:
     layers |= {name: layer for name, layer in low_bit_modules(model).items() if not name.startswith(inside)}
     if not layers:
         raise NothingMatchedError(f"{type(model).__name__} is dense already.", "Use the checkpoint as it is.")
+    closed = close_experts_(model)
     for name, layer in layers.items():
-        model.set_submodule(name, _dense(layer))
+        if name not in closed:
+            model.set_submodule(name, _dense(layer))
+    if closed and hasattr(model, "_weight_conversions"):
+        del model._weight_conversions  # which left these tensors out
     marks = ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config"))
     for owner, mark in marks:
         if hasattr(owner, mark):

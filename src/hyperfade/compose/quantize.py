@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
 from hyperfade.nn import (
+    ExpertsLowRank,
+    ExpertsPHM,
     Format,
     LowBit,
     LowBitLinear,
@@ -28,7 +30,7 @@ from hyperfade.nn import (
 )
 from hyperfade.nn.int4 import two_to_a_byte
 from hyperfade.nn.low_bit import SMALLEST_GROUP
-from hyperfade.surgery import find_ffns
+from hyperfade.surgery import find_experts, find_ffns
 
 DEFAULT_GROUP = {"int8": 0, "int4": 64, "nf4": 64, "fp8": 0}  # 0: whole rows
 _NF4_GROUPS = (32, 64, 128, 256)
@@ -85,7 +87,7 @@ def quantize_(
     if low_bit_modules(model):
         raise PlanError("This model is quantized already.", "Quantize the checkpoint it came from.")
     low_bits: dict[str, LowBit] = {}
-    left: list[tuple[str, str]] = []
+    left = [(name, "of experts in one tensor") for name in _expert_tensors(model)]
     for name, width in _targets(model, rest).items():
         group = fitting_group(to, width, wanted)
         if group is None:
@@ -143,11 +145,18 @@ def _targets(model: nn.Module, rest: bool) -> dict[str, int]:
     if rest:
         dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    modules = dict(model.named_modules())
     for name in dense:
-        module = model.get_submodule(name)
+        module = modules.get(name)  # None: a tensor of experts
         if type(module) is nn.Linear and module is not head and name not in found:
             found[name] = module.in_features
     return found
+
+
+def _expert_tensors(model: nn.Module) -> list[str]:
+    """What holds the matrices of experts, light or dense, by name."""
+    light = [name for name, layer in light_modules(model).items() if isinstance(layer, ExpertsPHM | ExpertsLowRank)]
+    return light + [f"{experts.name}.{key}" for experts in find_experts(model) for key in experts.tensors]
 
 
 def _rounded(linear: nn.Linear, held: LowBit, library: Any, scale_dtype: torch.dtype) -> LowBitLinear:

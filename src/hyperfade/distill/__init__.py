@@ -2,10 +2,11 @@
 
 from hyperfade.distill.allocate import Allocation, Share, allocate
 from hyperfade.distill.cached import CachedTeacher, cache_teacher, digest
-from hyperfade.distill.calibrate import LayerFit, fit_
+from hyperfade.distill.calibrate import fit_
 from hyperfade.distill.journal import Fault, Halving, Rollback, StepReport, read_faults, read_steps
 from hyperfade.distill.loop import Summary, distill_
 from hyperfade.distill.losses import answers_only
+from hyperfade.distill.matrices import LayerFit
 from hyperfade.distill.order import Batches, data_order
 from hyperfade.distill.schedule import alpha_at, fade_progress, kd_weight_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import latest_step

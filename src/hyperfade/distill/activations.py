@@ -4,6 +4,7 @@ sensitivities of the loss to their outputs, over calibration batches, gathered b
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperfade.algebra import SecondMoment, conditioned, ridge_
+from hyperfade.algebra import SecondMoment, conditioned, ridge_, shrunk
 from hyperfade.distill.losses import answer_logits
 from hyperfade.errors import FitError
+from hyperfade.nn import Groups
 from hyperfade.processes import join, sum_
 from hyperfade.surgery import region_of
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertMoments:
+    """What every expert of a module reads. means: C (d, d) each, shrunk towards their average as if `prior_tokens` of
+    it had come as well; num_tokens: those that were routed to each."""
+
+    means: list[Tensor]
+    num_tokens: list[int]
+    prior_tokens: float
+
+
+Moment = Tensor | ExpertMoments
 
 
 class Reached(Exception):
@@ -25,25 +40,27 @@ class Reached(Exception):
 
 
 def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float
-) -> dict[str, Tensor]:
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float, expert_prior: float = 0.1
+) -> dict[str, Moment]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
-    `ridge` on the diagonal; padding of the text does not count. Of several processes each gives its own batches, and
-    all get the moments over all of them.
+    `ridge` on the diagonal; padding of the text does not count. Of matrices of experts one for each, and the average of
+    all counts for `expert_prior` · d tokens in it. Of several processes each gives its own batches, and all get the
+    moments over all of them.
 
     All of them are in memory at a time. Raises `FitError` where a layer is never reached or its inputs are not finite.
     """
-    moments: dict[str, SecondMoment] = {}
+    moments: dict[str, list[SecondMoment]] = {}  # one, or one for each expert
     met: set[str] = set()
     mask: Tensor | None = None
 
-    def collect(name: str, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2)  # some families (OPT) flatten it themselves
-        if mask is not None and len(x) == mask.numel() and region_of(name) == "language":
-            x = x[mask.flatten().bool()]
-        if name not in moments:
-            moments[name] = SecondMoment(x.shape[-1], x.device)
-        moments[name].add_(x)
+    def collect(name: str, args: tuple[Tensor, *tuple[Groups, ...]]) -> None:
+        x, *groups = args[0].flatten(0, -2), *args[1:]  # some families (OPT) flatten it themselves
+        real = mask.flatten().bool() if mask is not None and region_of(name) == "language" else None
+        parts = _by_expert(x, groups[0], real) if groups else [x if real is None or len(x) != len(real) else x[real]]
+        own = moments.setdefault(name, [])
+        own += [SecondMoment(x.shape[-1], x.device) for _ in range(len(parts) - len(own))]
+        for moment, part in zip(own, parts, strict=True):
+            moment.add_(part)
         met.add(name)
         if len(met) == len(layers):
             raise Reached
@@ -57,18 +74,36 @@ def second_moments(
         for name, module in layers.items():
             weight = module.weight
             assert isinstance(weight, Tensor)
-            moments.setdefault(name, SecondMoment(weight.shape[1], weight.device)).merge_(sum_)
-    results = {}
-    for name in layers:
-        if name not in moments or not moments[name].num_tokens:
+            number = len(weight) if weight.dim() == 3 else 1
+            fresh = [SecondMoment(weight.shape[-1], weight.device) for _ in range(number if name not in moments else 0)]
+            for moment in moments.setdefault(name, fresh):
+                moment.merge_(sum_)
+    results: dict[str, Moment] = {}
+    for name, module in layers.items():
+        tokens = [moment.num_tokens for moment in moments.get(name, [])]
+        if not any(tokens):
             raise FitError(f"No calibration batch reaches {name}.", "Give calibration data with images and text.")
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        prior = expert_prior * weight.shape[-1]
         try:
-            moment = moments[name].mean()
-            conditioned(moment, len(moment), 0, moment.device)  # finite?
+            means = shrunk(moments[name], prior) if weight.dim() == 3 else [moments[name][0].mean()]
+            for mean in means:
+                conditioned(mean, len(mean), 0, mean.device)  # finite?
         except FitError as failure:
             raise FitError(f"{name}: {failure.message}", failure.hint) from failure
-        results[name] = ridge_(moment, ridge)
+        means = [ridge_(mean, ridge) for mean in means]
+        results[name] = ExpertMoments(means, tokens, prior) if weight.dim() == 3 else means[0]
     return results
+
+
+def _by_expert(x: Tensor, groups: Groups, real: Tensor | None) -> list[Tensor]:
+    """The rows of x (S, d) that each expert reads, without those of padding tokens, where `real` speaks of tokens."""
+    expert = groups.expert
+    if real is not None and len(real) == groups.num_tokens:
+        kept = real[groups.token]
+        x, expert = x[kept], expert[kept]
+    return list(x.split(torch.bincount(expert, minlength=len(groups.ends)).tolist()))
 
 
 @contextmanager

@@ -182,6 +182,11 @@ def _items(model: nn.Module, replace: Replace) -> list[_Item]:
     """What gets a size: what the start would replace."""
     modules, the_plan, items = dict(model.named_modules()), plan(model, replace), []
     for ffn in the_plan.ffns:
+        if ffn.experts:
+            raise PlanError(
+                f"replace.budget cannot be shared out over experts: {ffn.name} has {ffn.experts}.",
+                "Give sizes and no budget, or keep them dense: replace.exclude: ['*.experts.*'].",
+            )
         layer: Layer = getattr(replace, ffn.region)
         matrices: dict[str, Any] = {swap.name: modules[swap.name] for swap in the_plan.swaps if swap.ffn == ffn.name}
         if layer.width is not None and ffn.readers:
@@ -269,6 +274,7 @@ def _error_curves(
         moments = second_moments(model, {name: linears[name] for name in names}, batches, ridge)
         for name in names:
             moment = moments.pop(name)
+            assert isinstance(moment, Tensor)
             for item in readings[name]:
                 curves[item.name] = _curve(item, moment)
     return curves

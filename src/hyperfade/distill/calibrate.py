@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperfade.algebra import LowRankFit, fit, low_rank
-from hyperfade.distill.activations import Batch, input_hooks, run, second_moments
+from hyperfade.algebra import low_rank
+from hyperfade.distill.activations import Batch, ExpertMoments, Moment, input_hooks, run, second_moments
+from hyperfade.distill.matrices import LayerFit, fit_experts, fit_matrix
 from hyperfade.errors import CheckpointError, FitError
-from hyperfade.nn import BlendLinear, LowRankLinear, NarrowLinear, PHMLinear
+from hyperfade.nn import BlendLinear
 from hyperfade.processes import is_first
 from hyperfade.recipe import Fit as FitRecipe
 from hyperfade.surgery import (
@@ -40,23 +41,6 @@ from hyperfade.surgery import (
 _ORDER, _WRITER = "hidden_order", "dense_writer"
 
 
-@dataclass(frozen=True)
-class LayerFit:
-    """How one matrix came out: relative output errors (weight errors for the Frobenius fit; None for a random start).
-
-    low_rank_error is that of the whitened low-rank layer with as many parameters. Where an FFN keeps a part of its
-    hidden units, a reader's error is that of the rows that stay, and the writer's holds what leaving others out costs.
-    seconds of the first matrix on an input hold the calibration passes that gathered its second moment.
-    """
-
-    name: str
-    label: str
-    error: float | None
-    low_rank_error: float | None
-    sweeps: int
-    seconds: float
-
-
 @torch.no_grad()
 def fit_(
     model: nn.Module,
@@ -65,7 +49,7 @@ def fit_(
     recipe: FitRecipe,
     folder: Path | None = None,
     on_layer: Callable[[LayerFit], None] = lambda layer: None,
-    moments: dict[str, Tensor] | None = None,
+    moments: dict[str, Moment] | None = None,
 ) -> list[LayerFit]:
     """Fit the light branch of every `BlendLinear` that `plan` made in `model`; the model ends at α = 0 as it began,
     but where FFNs keep a part of their hidden units it ends with those alone.
@@ -97,7 +81,7 @@ def fit_(
     if recipe.method == "calibrated" and recipe.prefix == "dense":
         finished = {name for ffn in ffns if ffn.name in files and files[ffn.name].exists() for name in ffn.linears}
         missing = {name: layers[name] for name in swaps if name not in finished and name not in moments}
-        moments |= second_moments(model, missing, batches, recipe.ridge) if missing else {}
+        moments |= second_moments(model, missing, batches, recipe.ridge, recipe.expert_prior) if missing else {}
     for ffn in ffns:
         mine = {name: layers[name] for name in ffn.linears if name in swaps}
         file = files.get(ffn.name)
@@ -125,27 +109,27 @@ def _fit_ffn(
     swaps: dict[str, Swap],
     batches: Sequence[Batch],
     recipe: FitRecipe,
-    dense_moments: Mapping[str, Tensor],
+    dense_moments: Mapping[str, Moment],
 ) -> tuple[list[LayerFit], Tensor | None]:
     """Readers first, on the FFN's input; then the writer, on what it reads with them in place (or in the dense model,
     where `dense_moments` has that)."""
 
-    def moment_of(name: str) -> Tensor:
-        if name in dense_moments:
-            moment = dense_moments[name]
-            return moment if order is None or name != ffn.writer else moment[order][:, order]
-        return second_moments(model, {name: mine[name]}, batches, recipe.ridge)[name]
+    def moment_of(name: str) -> Moment:
+        if name not in dense_moments:
+            return second_moments(model, {name: mine[name]}, batches, recipe.ridge, recipe.expert_prior)[name]
+        moment = dense_moments[name]
+        return moment if order is None or name != ffn.writer else _whole(moment)[order][:, order]
 
     order, lost, rivals = None, 0.0, {}
     calibrated = recipe.method == "calibrated"
     narrow = ffn.writer in mine and swaps[ffn.writer].spec.replaced is not None
-    if not narrow and recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
-        order = energy_order(moment_of(ffn.writer))
-        permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
+    if not (narrow or ffn.experts) and recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
+        order = energy_order(_whole(moment_of(ffn.writer)))
+        permute_hidden_(_linears(mine), ffn, order)
         _copy_biases_(mine)
     whole = {name: blend.dense.weight for name, blend in mine.items()}
     if narrow:
-        hidden = moment_of(ffn.writer)
+        hidden = _whole(moment_of(ffn.writer))
         rivals[ffn.writer] = low_rank(whole[ffn.writer], matched_low_rank(swaps[ffn.writer]), hidden, ridge=0)
         order, lost = _narrow_(ffn, mine, swaps[ffn.writer].spec.in_features, hidden, recipe)
     results = []
@@ -154,21 +138,42 @@ def _fit_ffn(
         began = time.perf_counter()
         moment = moment_of(group[0]) if calibrated and group else None
         for name in group:
+            blend, few = mine[name], {}
             try:
-                if name not in rivals:
-                    rivals[name] = low_rank(whole[name], matched_low_rank(swaps[name]), moment, ridge=0)
-                error, sweeps = _fit_matrix(mine[name], swaps[name], rivals[name], moment, recipe)
+                if ffn.experts:
+                    of_each = None if moment is None else _of_experts(moment)
+                    error, rival_error, sweeps, few = fit_experts(blend, swaps[name], of_each, recipe)
+                else:
+                    one = None if moment is None else _whole(moment)
+                    if name not in rivals:
+                        rivals[name] = low_rank(whole[name], matched_low_rank(swaps[name]), one, ridge=0)
+                    rival_error, spec = rivals[name].error, swaps[name].spec
+                    error, sweeps = fit_matrix(blend.dense.weight, blend.light, spec, rivals[name], one, recipe)
             except FitError as failure:
                 raise FitError(f"{name}: {failure.message}", failure.hint) from failure
             if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up, exactly so
                 # where the writer was refitted, because then what they leave is orthogonal to the units that stay
                 error = math.hypot(lost, error * math.sqrt(max(0.0, 1 - lost**2)))
             label, seconds = swaps[name].spec.label, time.perf_counter() - began
-            results.append(LayerFit(name, label, error, rivals[name].error, sweeps, seconds))
+            results.append(LayerFit(name, label, error, rival_error, sweeps, seconds, few))
             began = time.perf_counter()
         for name in group:
             mine[name].alpha = 1.0
     return results, order
+
+
+def _linears(mine: dict[str, BlendLinear]) -> dict[str, nn.Linear]:
+    return {name: blend.dense for name, blend in mine.items() if isinstance(blend.dense, nn.Linear)}
+
+
+def _whole(moment: Moment) -> Tensor:
+    assert isinstance(moment, Tensor)
+    return moment
+
+
+def _of_experts(moment: Moment) -> ExpertMoments:
+    assert isinstance(moment, ExpertMoments)
+    return moment
 
 
 def _narrow_(
@@ -182,7 +187,7 @@ def _narrow_(
         refitted, error = refitted_writer(writer, hidden, kept)
     else:
         refitted, error = None, pruned_error(writer, hidden, kept)
-    permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, kept)
+    permute_hidden_(_linears(mine), ffn, kept)
     if refitted is not None:
         mine[ffn.writer].dense.weight.copy_(refitted)
     _copy_biases_(mine)
@@ -194,26 +199,6 @@ def _copy_biases_(mine: dict[str, BlendLinear]) -> None:
     for blend in mine.values():
         if blend.dense.bias is not None and blend.light.bias is not None:
             blend.light.bias.copy_(blend.dense.bias)
-
-
-def _fit_matrix(
-    blend: BlendLinear, swap: Swap, rival: LowRankFit, moment: Tensor | None, recipe: FitRecipe
-) -> tuple[float, int]:
-    """Fill the light branch; returns its relative error on the dense branch, and the sweeps it took."""
-    weight, spec = blend.dense.weight, swap.spec
-    if spec.dense:
-        assert type(blend.light) is NarrowLinear
-        blend.light.core.weight.copy_(weight)
-        return 0.0, 0
-    if spec.algebra is None:
-        assert type(blend.light) is LowRankLinear
-        own = rival if spec.replaced is None else low_rank(weight, spec.rank, moment, ridge=0)
-        blend.light.load_fit_(own)
-        return own.error, 0
-    assert type(blend.light) is PHMLinear
-    best = fit(weight, spec.algebra, moment, sweeps=recipe.sweeps, companion_rank=spec.rank, ridge=0)
-    blend.light.load_fit_(best)
-    return best.error, len(best.errors) - 1
 
 
 def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
@@ -258,7 +243,7 @@ def _restore(file: Path, ffn: FFN, mine: dict[str, BlendLinear]) -> list[LayerFi
         ) from error
     order = tensors.pop(_ORDER, None)
     if order is not None:
-        permute_hidden_({name: blend.dense for name, blend in mine.items()}, ffn, order)
+        permute_hidden_(_linears(mine), ffn, order)
         mine[ffn.writer].dense.weight.copy_(tensors.pop(_WRITER))
     for name, blend in mine.items():
         state = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")}

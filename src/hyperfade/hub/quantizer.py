@@ -9,6 +9,11 @@ skeleton; the weights then fill them by name. Without the import transformers (5
 would fill the missing dense weights at random. So every replaced matrix also leaves an empty tensor under its dense
 name, `<layer>.weight` of shape (0,): a reader that expects the dense matrix meets another shape and stops.
 
+The matrices of experts go by the names of the tensors they replace, which therefore are their own dense names. For many
+models transformers splits these tensors into one per expert when it saves, and joins them when it loads; it has to
+leave alone what was replaced, so those conversions are taken out, and dense experts of the same model keep the names
+they have in memory.
+
 `inner` says which linears were quantized after compression, inside replacement layers or beside them:
 
     "inner": {"quant_method": "torchao", "to": "int4", "group_sizes": {module name: group size, 0 for whole rows}}
@@ -24,6 +29,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,7 +38,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hyperfade.errors import CheckpointError
 from hyperfade.hub.integrity import AGAIN, verify_safetensors
 from hyperfade.nn import Format, LightSpec, LowBit, LowBitLinear, bitsandbytes, low_bit_modules
-from hyperfade.surgery import install_, join_readers_
+from hyperfade.surgery import install_, join_readers_, tensor_names
 
 METHOD = "hyperfade"
 VERSION = 1
@@ -108,6 +115,16 @@ class HyperfadeQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, HyperfadeConfig)
         return self.quantization_config.dense_names
 
+    @property
+    def dense_tensors(self) -> list[str]:
+        """What the dense model calls the weights of these matrices."""
+        experts = {name for name, spec in self.specs.items() if spec.experts}
+        return [name if name in experts else f"{name}.weight" for name in self.dense_names]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Leave out the conversions that build or divide tensors of experts where some were replaced."""
+        return super().update_weight_conversions(_unconcerned(weight_conversions, self.specs), *args, **kwargs)
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to `quantize on load`: compression needs calibration and training."""
         if any(held.to == "nf4" for held in self.low_bits.values()):
@@ -124,7 +141,7 @@ class HyperfadeQuantizer(HfQuantizer):
         install_low_bit_(model, self.low_bits)
         for name in self.dense_names:
             _mark_initialized(model, name)
-        empty = {rf"^{re.escape(name)}\.weight$" for name in self.dense_names}
+        empty = {rf"^{re.escape(name)}$" for name in self.dense_tensors}
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(known or ()) | empty
         self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -156,6 +173,12 @@ class HyperfadeQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """What `save_pretrained` writes: the weights, and the empty tensors under the dense names."""
         state = model.state_dict()
+        if any(spec.experts for spec in self.specs.values()):
+            own = getattr(model, "_weight_conversions", None)
+            if own is None:  # as transformers does for a model that was never loaded
+                found = get_model_conversion_mapping(model, add_legacy=False)
+                own = [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
+            model._weight_conversions = _unconcerned(own, self.specs)  # type: ignore[assignment]  (what saving reverts)
         held = {f"{n}.{part}" for n, low in self.low_bits.items() if low.to != "int4" for part in ("qdata", "scale")}
         if self.storage_dtype is not None:
             stored: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one, or they would be written twice
@@ -165,7 +188,7 @@ class HyperfadeQuantizer(HfQuantizer):
                     stored.setdefault(key, tensor.to(self.storage_dtype))
                     state[name] = stored[key]
         dtype = self.storage_dtype or model.dtype
-        return state | {f"{name}.weight": torch.empty(0, dtype=dtype) for name in self.dense_names}, {}
+        return state | {name: torch.empty(0, dtype=dtype) for name in self.dense_tensors}, {}
 
     def is_serializable(self) -> Any:
         """True: weights are plain tensors."""
@@ -229,6 +252,19 @@ def install_low_bit_(model: nn.Module, low_bits: dict[str, LowBit]) -> None:
         widths, like = (linear.in_features, linear.out_features), linear.weight
         bias = linear.bias is not None
         model.set_submodule(name, LowBitLinear(*widths, held, bias, device=like.device, dtype=like.dtype))
+
+
+def _unconcerned(conversions: list[Any], specs: dict[str, LightSpec]) -> list[Any]:
+    """The conversions of transformers but those that, when loading, build tensors of a module whose experts these specs
+    replace."""
+    opened = {name.rpartition(".")[0] for name, spec in specs.items() if spec.experts}
+    tensors = [tensor for module in opened for tensor in tensor_names(module)]
+
+    def concerns(conversion: Any) -> bool:
+        patterns = [pattern.replace(r"\1", ".*") for pattern in conversion.target_patterns]
+        return any(re.search(pattern, tensor) for pattern in patterns for tensor in tensors)
+
+    return [one for one in conversions if not (isinstance(one, WeightConverter) and concerns(one))]
 
 
 def _within(name: str, layers: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from hyperfade.hub import fold_
 from hyperfade.measure.footprint import weight_bytes
 from hyperfade.measure.speed import Ratio, speedup, time_alternately
 from hyperfade.nn import LightSpec
-from hyperfade.surgery import FFN, Plan, Swap, features, matched_low_rank, set_alpha_, swap_
+from hyperfade.surgery import FFN, Plan, Swap, dense_matrices, features, matched_low_rank, set_alpha_, swap_
 
 TOKENS = (1, 8, 64, 512, 2048)
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -134,7 +135,8 @@ def describe(model: nn.Module, ffn: FFN) -> str:
     readers, writer = _linears(model, ffn)
     hidden, outputs = features(writer)
     widths = [input_width(model, ffn), *([hidden] if readers else []), outputs]
-    return " → ".join(map(str, widths)) + (", gated" if ffn.fused or len(readers) == 2 else "")
+    gated = ", gated" if ffn.fused or len(readers) == 2 else ""
+    return " → ".join(map(str, widths)) + gated + (f", one of {ffn.experts} experts" if ffn.experts else "")
 
 
 def input_width(model: nn.Module, ffn: FFN) -> int:
@@ -154,8 +156,11 @@ def lone_ffn(model: nn.Module, ffn: FFN, swaps: Sequence[Swap], dtype: torch.dty
     """The FFN without its model, weights random, after `swaps`: input (M, in), output (M, out).
 
     It is a copy of the model's own module, changed by `swap_` and `fold_` as a model is. Where the module holding the
-    FFN's linears holds more than them (OPT's decoder layer, say), they run with GELU between them instead.
+    FFN's linears holds more than them (OPT's decoder layer, say), they run with GELU between them instead. Of experts
+    one is built, with GELU as well.
     """
+    if ffn.experts:
+        return _lone_expert(model, ffn, {s.name: replace(s.spec, experts=None) for s in swaps}, dtype, device)
     root = nn.Module()
     parent, (*path, last) = root, ffn.name.split(".")
     for part in path:
@@ -174,6 +179,18 @@ def lone_ffn(model: nn.Module, ffn: FFN, swaps: Sequence[Swap], dtype: torch.dty
         return holder.requires_grad_(False).eval()
     readers = [root.get_submodule(name) for name in ffn.readers]
     return _Chain(readers, root.get_submodule(ffn.writer), ffn.fused).eval()
+
+
+def _lone_expert(
+    model: nn.Module, ffn: FFN, specs: Mapping[str, LightSpec], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    matrices, layers, like = dense_matrices(model), [], {"device": device, "dtype": dtype}
+    for name in ffn.linears:
+        plain = partial(nn.Linear, *features(matrices[name]), bias=matrices[name].bias is not None)
+        layers.append(specs[name].build(**like) if name in specs else plain(**like))
+    chain = _Chain(layers[:-1], layers[-1], ffn.fused).requires_grad_(False).eval()
+    fill_(chain)
+    return chain
 
 
 class _Chain(nn.Module):
@@ -247,4 +264,5 @@ def time_layers(
 
 
 def _linears(model: nn.Module, ffn: FFN) -> tuple[list[nn.Module], nn.Module]:
-    return [model.get_submodule(name) for name in ffn.readers], model.get_submodule(ffn.writer)
+    of = dense_matrices(model) if ffn.experts else dict(model.named_modules())
+    return [of[name] for name in ffn.readers], of[ffn.writer]

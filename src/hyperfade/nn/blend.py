@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperfade.nn.low_rank import LowRankLinear
-from hyperfade.nn.narrow import NarrowLinear
-from hyperfade.nn.phm import PHMLinear
+from hyperfade.nn.experts import ExpertsLinear, Groups
+from hyperfade.nn.spec import Light
 
 
 class BlendLinear(nn.Module):
@@ -16,9 +15,10 @@ class BlendLinear(nn.Module):
     At α = 0 only the dense branch runs and at α = 1 only the light one, so both ends are bit-equal to the plain layers.
     With `measure_reconstruction` the forward pass leaves the mean squared difference of the two outputs, relative to
     the dense output's mean square, in `reconstruction` (a scalar with gradients to the light branch), at any α.
+    Matrices of experts blend alike; beside x they are given its groups.
     """
 
-    def __init__(self, dense: nn.Linear, light: PHMLinear | LowRankLinear | NarrowLinear) -> None:
+    def __init__(self, dense: nn.Linear | ExpertsLinear, light: Light) -> None:
         super().__init__()
         self.dense = dense.requires_grad_(False)
         self.light = light
@@ -46,13 +46,13 @@ class BlendLinear(nn.Module):
         """The dense bias, or None."""
         return self.dense.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *groups: Groups) -> Tensor:
         if not self.measure_reconstruction:
             if self.alpha == 0:
-                return self.dense(x)
+                return self.dense(x, *groups)
             if self.alpha == 1:
-                return self.light(x)
-        dense, light = self.dense(x), self.light(x)
+                return self.light(x, *groups)
+        dense, light = self.dense(x, *groups), self.light(x, *groups)
         if self.measure_reconstruction:
             target = dense.detach()
             self.reconstruction = _energy(light - target) / _energy(target).clamp_min(1e-12)

@@ -8,12 +8,13 @@ from torch import nn
 
 from hyperfade.algebra import Algebra
 from hyperfade.errors import CheckpointError, HyperfadeError
+from hyperfade.nn.experts import ExpertsLowRank, ExpertsPHM
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.narrow import NarrowLinear
 from hyperfade.nn.phm import PHMLinear
 
-Light = PHMLinear | LowRankLinear | NarrowLinear
-"""A layer that takes a dense matrix's place."""
+Light = PHMLinear | LowRankLinear | NarrowLinear | ExpertsPHM | ExpertsLowRank
+"""A layer that takes a dense matrix's place, or that of the matrices of experts."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LightSpec:
     rank: of the low-rank layer, or of the hypercomplex layer's companion (0 for none). replaced: (in, out) of the dense
     matrix where the FFN keeps a part of its hidden units only, so that the layer is narrower than the matrix; None
     where it is as wide. A narrower layer may also be dense: algebra None, rank 0. split: the products are modules of
-    their own, as quantizers need them.
+    their own, as quantizers need them. experts: how many matrices of this shape it stands for, each on the tokens of
+    its expert; None for a matrix by itself.
     """
 
     in_features: int
@@ -33,11 +35,17 @@ class LightSpec:
     rank: int = 0
     replaced: tuple[int, int] | None = None
     split: bool = False
+    experts: int | None = None
 
     @classmethod
     def of(cls, layer: Light) -> "LightSpec":
         """The spec that would build `layer` again."""
         widths = layer.in_features, layer.out_features, layer.bias is not None
+        if isinstance(layer, ExpertsPHM):
+            rank = layer.companion.rank if layer.companion else 0
+            return cls(*widths, layer.algebra, rank, experts=layer.num_experts)
+        if isinstance(layer, ExpertsLowRank):
+            return cls(*widths, None, layer.rank, experts=layer.num_experts)
         if isinstance(layer, PHMLinear):
             rank = layer.companion.rank if layer.companion else 0
             return cls(*widths, layer.algebra, rank, layer.replaced, layer.cores is not None)
@@ -56,6 +64,11 @@ class LightSpec:
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Light:
         """A fresh layer of this kind."""
         like = {"device": device, "dtype": dtype}
+        if self.experts:
+            shape = self.experts, self.in_features, self.out_features
+            if self.algebra is None:
+                return ExpertsLowRank(*shape, self.rank, self.bias, **like)
+            return ExpertsPHM(*shape, self.algebra, self.bias, self.rank, **like)
         if self.dense:
             layer = NarrowLinear(self.in_features, self.out_features, self.bias, **like)
         elif self.algebra is None:
@@ -69,15 +82,15 @@ class LightSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers the layer trains, its bias included."""
+        """Numbers the layer trains, its bias included; of experts, of all of them."""
         low_rank = self.rank * (self.in_features + self.out_features)
         light = self.algebra.num_parameters(self.in_features, self.out_features) if self.algebra else 0
         dense = self.in_features * self.out_features if self.dense else 0
-        return light + low_rank + dense + (self.out_features if self.bias else 0)
+        return (self.experts or 1) * (light + low_rank + dense + (self.out_features if self.bias else 0))
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds per token."""
+        """Multiply-adds per token; of experts, of the one that the token goes to."""
         if self.dense:
             return self.in_features * self.out_features
         low_rank = self.rank * (self.in_features + self.out_features)
@@ -96,10 +109,11 @@ class LightSpec:
         return f"{a.name.replace('_', '-')} n={a.n} {'t' if a.form == 'terms' else 'R'}={a.size}{companion}{width}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `replaced` and `split` only where they say something."""
+        """Plain JSON values; `replaced`, `split` and `experts` only where they say something."""
         fields = asdict(self)
-        replaced, split = fields.pop("replaced"), fields.pop("split")
-        return fields | ({} if replaced is None else {"replaced": list(replaced)}) | ({"split": True} if split else {})
+        replaced, rest = fields.pop("replaced"), {key: fields.pop(key) for key in ("split", "experts")}
+        said = {} if replaced is None else {"replaced": list(replaced)}
+        return fields | said | {key: value for key, value in rest.items() if value}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str) -> "LightSpec":
@@ -114,6 +128,7 @@ class LightSpec:
             splits = spec.algebra is not None and spec.algebra.form == "products"
             if not (_widths_fit(spec) and spec.rank >= 0 and isinstance(spec.bias, bool)) or (
                 spec.split is not (spec.split is True and splits)
+                or not (spec.experts is None or _possible_experts(spec))
             ):
                 raise ValueError(f"impossible values in {spec}")
             with torch.device("meta"):
@@ -123,6 +138,11 @@ class LightSpec:
                 f"Layer {where} is described wrongly: {error!r}.", "Save the checkpoint again."
             ) from error
         return spec
+
+
+def _possible_experts(spec: LightSpec) -> bool:
+    """Whether experts are a number of layers that are as wide as their matrices and whole."""
+    return type(spec.experts) is int and spec.experts > 0 and spec.replaced is None and not spec.split
 
 
 def _widths_fit(spec: LightSpec) -> bool:

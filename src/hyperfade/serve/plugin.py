@@ -58,7 +58,14 @@ class EngineConfig(QuantizationConfig):
                 f"This checkpoint was quantized after compression (inner: {config['inner']}), which vLLM cannot serve.",
                 "Serve the checkpoint it was made from, or run this one with transformers.",
             )
-        return cls(HyperfadeConfig.from_dict(config).specs)
+        specs = HyperfadeConfig.from_dict(config).specs
+        experts = [name for name, spec in specs.items() if spec.experts]
+        if experts:
+            raise ServingError(
+                f"{experts[0]} holds the matrices of experts, which vLLM would look for in dense tensors.",
+                "Run the checkpoint with transformers, or compress with replace.exclude: ['*.experts.*'].",
+            )
+        return cls(specs)
 
     def get_name(self) -> Any:
         """What `quant_method` says."""

@@ -8,12 +8,12 @@ from hyperfade.surgery.basis import (
     pruned_error,
     refitted_writer,
 )
+from hyperfade.surgery.experts import Experts, close_experts_, find_experts, tensor_names
 from hyperfade.surgery.families import (
     FFN,
     Dense,
-    Experts,
+    dense_matrices,
     features,
-    find_experts,
     find_ffns,
     region_of,
     weight_of,
@@ -28,7 +28,9 @@ __all__ = [
     "Plan",
     "Swap",
     "blends",
+    "close_experts_",
     "contribution_order",
+    "dense_matrices",
     "drop_dense_",
     "energy_order",
     "features",
@@ -48,5 +50,6 @@ __all__ = [
     "set_alpha_",
     "spec_of",
     "swap_",
+    "tensor_names",
     "weight_of",
 ]

@@ -4,7 +4,8 @@ Model families differ in what they call things, not in what an FFN is: linears t
 `up`, `fc1`, or both in one as `gate_up`) and one that writes it back (`down`, `fc2`). Two rules find them, both on the
 children of one module: names in use (`SHAPES`), and for other names two or three linears that fit together inside a
 module that is called an MLP and holds no other matrices. What lies inside attention, or heads a vision tower, is none.
-A projector may also be a single matrix: there every linear counts that is in no FFN.
+A projector may also be a single matrix: there every linear counts that is in no FFN. Experts that are stored together
+(`experts.py`) are one FFN, whose matrices go by the names of their tensors.
 
 The region of an FFN follows from the names on its path, and where these say nothing, from what the model around it
 takes: pixels make a vision tower.
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hyperfade.nn import Light
+from hyperfade.nn import ExpertsLinear, Light
 from hyperfade.recipe import Region
+from hyperfade.surgery.experts import find_experts, opened_experts
 
-Dense = nn.Linear | Conv1D
-"""A dense matrix with its bias. `Conv1D` (GPT-2) is a linear that stores its weight transposed."""
+Dense = nn.Linear | Conv1D | ExpertsLinear
+"""A dense matrix with its bias, or those of experts. `Conv1D` (GPT-2) is a linear that stores its weight transposed."""
 _DENSE = get_args(Dense)
 
 # (linears that read the FFN's input, linear that writes its output), relative to the holding module
@@ -79,7 +81,8 @@ class FFN:
     """One feed-forward network: `readers` see its input (gate and up, or fc1), `writer` makes its output (down, fc2).
 
     All are full module names of `Dense` modules; a single linear (some projectors) is a writer without readers.
-    fused: the one reader holds gate and up, the gate's rows first.
+    fused: the one reader holds gate and up, the gate's rows first. experts: how many FFNs of one shape this stands for,
+    whose matrices are tensors of one module (then fused says no order of rows); 0 for an FFN by itself.
     """
 
     name: str
@@ -87,6 +90,7 @@ class FFN:
     readers: tuple[str, ...]
     writer: str
     fused: bool = False
+    experts: int = 0
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -94,14 +98,12 @@ class FFN:
         return (*self.readers, self.writer)
 
 
-@dataclass(frozen=True)
-class Experts:
-    """FFNs of one shape, stored together: parameters `tensors` (experts, …, …) of the module `name`."""
-
-    name: str
-    region: Region
-    tensors: tuple[str, ...]
-    number: int
+def dense_matrices(model: nn.Module) -> dict[str, Dense]:
+    """Every dense matrix of `model` by name; those of experts by the names of their tensors."""
+    found: dict[str, Dense] = {name: module for name, module in model.named_modules() if isinstance(module, Dense)}
+    for experts in find_experts(model):
+        found |= {f"{experts.name}.{key}": matrix for key, matrix in experts.matrices.items()}
+    return found
 
 
 def is_dense(module: nn.Module | None) -> bool:
@@ -113,12 +115,12 @@ def features(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of a `Dense`, or of a layer in its place."""
     if isinstance(linear, Conv1D):
         return int(linear.nx), int(linear.nf)
-    assert isinstance(linear, nn.Linear | Light)
+    assert isinstance(linear, nn.Linear | ExpertsLinear | Light)
     return linear.in_features, linear.out_features
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight (out, in) of a `Dense`, sharing its storage."""
+    """The weight (out, in) of a `Dense`, sharing its storage; of experts (experts, out, in)."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(linear, Conv1D) else weight
@@ -129,9 +131,15 @@ def find_ffns(model: nn.Module, with_light: bool = False) -> tuple[FFN, ...]:
     matrices."""
     kinds = (*_DENSE, *get_args(Light)) if with_light else _DENSE
     modules = dict(model.named_modules())
-    found: dict[str, FFN] = {}  # by the matrices they take
+    found: dict[str, FFN] = {}  # by the matrices they take, or the module that holds those of experts
+    for experts in find_experts(model):
+        if experts.matrices:
+            (reader, up), (writer, down) = experts.matrices.items()
+            parts = (_join(experts.name, reader),), _join(experts.name, writer), up.out_features == 2 * down.in_features
+            found[experts.name] = FFN(experts.name, _region(modules, experts.name), *parts, experts.number)
+    opened = opened_experts(model)
     for name, module in modules.items():
-        if _is_none(name, module):
+        if name in opened or _is_none(name, module):
             continue
         region = _region(modules, name)
         for children, child in _shapes_in(module, name, region, kinds):
@@ -150,21 +158,6 @@ def find_ffns(model: nn.Module, with_light: bool = False) -> tuple[FFN, ...]:
 def _is_none(name: str, around: nn.Module) -> bool:
     """Whether a name tells of what holds no FFN, or the module around the matrices attends."""
     return _NO_FFN.search(name) is not None or not _ATTENTION.isdisjoint(key for key, _ in around.named_children())
-
-
-def find_experts(model: nn.Module) -> tuple[Experts, ...]:
-    """Every module of `model` that holds the matrices of many FFNs in tensors of three dimensions, in module order."""
-    modules = dict(model.named_modules())
-    found = []
-    for name, module in modules.items():
-        own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() == 3 and _MATRIX.search(key)}
-        counts = {len(p) for p in own.values()}
-        if len(own) >= 2 and len(counts) == 1:
-            found.append(Experts(name, _region(modules, name), tuple(own), counts.pop()))
-    return tuple(found)
-
-
-_MATRIX = re.compile(r"(gate|up|down|w\d|wi|wo|fc\d)(_|$)")
 
 
 def _shapes_in(

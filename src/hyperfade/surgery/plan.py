@@ -14,7 +14,8 @@ from hyperfade.algebra import Algebra, rank_for
 from hyperfade.errors import AllExcludedError, NothingMatchedError, PlanError
 from hyperfade.nn import LightSpec
 from hyperfade.recipe import Layer, Recipe, Region, Replace
-from hyperfade.surgery.families import FFN, Dense, features, find_experts, find_ffns, is_dense
+from hyperfade.surgery.experts import find_experts
+from hyperfade.surgery.families import FFN, Dense, dense_matrices, features, find_ffns, is_dense, region_of
 
 _REGIONS: tuple[Region, ...] = ("language", "vision", "projector")
 
@@ -30,13 +31,13 @@ class Swap:
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters of the dense layer, its bias included."""
+        """Parameters of the dense layer, its bias included; of experts, of all."""
         d, k = self.spec.dense_features
-        return d * k + (k if self.spec.bias else 0)
+        return (self.spec.experts or 1) * (d * k + (k if self.spec.bias else 0))
 
     @property
     def dense_multiply_adds(self) -> int:
-        """Multiply-adds per token of the dense layer."""
+        """Multiply-adds per token of the dense layer; of experts, of the one that the token goes to."""
         d, k = self.spec.dense_features
         return d * k
 
@@ -84,33 +85,35 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
     every match was excluded, `AlgebraError` where n does not divide a matrix's widths (it names the matrix).
     """
     choice = recipe.replace if isinstance(recipe, Recipe) else recipe
-    modules = dict(model.named_modules())
+    matrices = dense_matrices(model)
     found = find_ffns(model)
-    ffns = found + _matched_by_pattern(modules, choice, {name for ffn in found for name in ffn.linears})
-    experts = find_experts(model)
+    ffns = found + _matched_by_pattern(model, choice, {name for ffn in found for name in ffn.linears})
+    unknown = [experts for experts in find_experts(model) if not experts.matrices]
     if not ffns:
-        only = f"but {experts[0].name}, experts stored as one tensor" if experts else "of a known shape"
+        only = f"but {unknown[0].name}, experts of an unknown make" if unknown else "of a known shape"
         raise NothingMatchedError(
             f"{type(model).__name__} has no feed-forward network {only}.",
             "Name its nn.Linear modules with replace.patterns, e.g. patterns: ['*.mlp.*'], and replace.other.",
         )
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, named.values()))
     _check_globs(choice, [name for ffn in ffns for name in ffn.linears])
     swaps, kept = [], []
     for ffn in ffns:
         for name in ffn.linears:
-            linear = modules[name]
-            assert isinstance(linear, Dense)
+            linear = matrices[name]
             layer, reason = _choose(choice, ffn, name, linear, ffns)
-            if layer is not None and uses[id(linear.weight)] > 1:  # the other user would keep it dense
+            if layer is not None and uses[id(named[name if ffn.experts else f"{name}.weight"])] > 1:
+                # the other user would keep it dense
                 layer, reason = None, "sharing its weight with another module"
             if layer is None:
                 kept.append((name, reason))
             else:
                 swaps.append(Swap(name, ffn.name, ffn.region, spec_of(layer, linear, ffn, name)))
         _check_widths(ffn, swaps)
-    for held in experts:
-        kept += [(f"{held.name}.{key}", f"holding {held.number} experts in one tensor") for key in held.tensors]
+    for held in unknown:
+        reason = f"holding {held.number} experts in a module of an unknown make"
+        kept += [(f"{held.name}.{key}", reason) for key in held.tensors]
     if not swaps:
         regions = ", ".join(sorted({f.region for f in ffns}))
         raise AllExcludedError(
@@ -126,7 +129,8 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
         tuple(
             region
             for region in _REGIONS
-            if getattr(choice, region) and region not in {f.region for f in (*ffns, *experts)}
+            if getattr(choice, region)
+            and region not in {*(f.region for f in ffns), *(region_of(held.name) for held in unknown)}
         ),
     )
 
@@ -141,9 +145,9 @@ def _check_globs(choice: Replace, names: list[str]) -> None:
             )
 
 
-def _matched_by_pattern(modules: dict[str, nn.Module], choice: Replace, taken: set[str]) -> tuple[FFN, ...]:
+def _matched_by_pattern(model: nn.Module, choice: Replace, taken: set[str]) -> tuple[FFN, ...]:
     """Each linear a user's pattern names, as an FFN of its own, unless it is `taken` by a known shape."""
-    linears = [name for name, module in modules.items() if is_dense(module)]
+    linears = [name for name, module in model.named_modules() if is_dense(module)]
     found: dict[str, FFN] = {}
     for pattern in choice.patterns:
         names = [name for name in linears if fnmatchcase(name, pattern)]
@@ -163,7 +167,7 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: Dense, ffns: tuple[FFN
         return None, "neither language nor vision nor projector, and named by none of replace.patterns"
     if any(fnmatchcase(name, pattern) for pattern in choice.exclude):
         return None, "excluded"
-    if math.prod(features(linear)) < choice.min_weight_elements:
+    if (ffn.experts or 1) * math.prod(features(linear)) < choice.min_weight_elements:
         return None, f"smaller than min_weight_elements={choice.min_weight_elements}"
     layer: Layer | None = getattr(choice, ffn.region)
     reason = f"in region {ffn.region}, which the recipe keeps dense"
@@ -172,13 +176,15 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: Dense, ffns: tuple[FFN
         among_last = rule.last_layers is None or ffn.name in region[-rule.last_layers :]
         if fnmatchcase(name, rule.match) and rule.region in (None, ffn.region) and among_last:
             layer, reason = rule.layer, f"kept dense by the rule {rule.match!r}"
+    if layer is not None and layer.width is not None and ffn.experts:
+        return None, "of experts, which keep all their hidden units: give them a layer without a width"
     return layer, reason
 
 
 def spec_of(layer: Layer, linear: Dense, ffn: FFN, name: str) -> LightSpec:
     """What `layer` makes of `linear`, the matrix `name` of `ffn`. Raises `PlanError` where that would not shrink it."""
-    (d, k), bias = features(linear), linear.bias is not None
-    dense, replaced = d * k + (k if bias else 0), None
+    (d, k), bias, experts = features(linear), linear.bias is not None, ffn.experts or None
+    dense, replaced = (experts or 1) * (d * k + (k if bias else 0)), None
     if layer.width is not None and ffn.readers:
         replaced, parts = (d, k), 2 if ffn.fused else 1
         d, k = (
@@ -188,11 +194,12 @@ def spec_of(layer: Layer, linear: Dense, ffn: FFN, name: str) -> LightSpec:
         spec = LightSpec(d, k, bias, None, 0, replaced)
     elif layer.kind == "low_rank":
         assert layer.fraction is not None
-        spec = LightSpec(d, k, bias, None, rank_for(d, k, layer.fraction * d * k), replaced)
+        spec = LightSpec(d, k, bias, None, rank_for(d, k, layer.fraction * d * k), replaced, experts=experts)
     else:
         algebra = algebra_of(layer)
         algebra.check_features(d, k, where=name)
-        spec = LightSpec(d, k, bias, algebra, _companion_rank(layer, algebra, d, k, name), replaced)
+        rank = _companion_rank(layer, algebra, d, k, name)
+        spec = LightSpec(d, k, bias, algebra, rank, replaced, experts=experts)
     if spec.num_parameters >= dense:
         raise PlanError(
             f"{name} {features(linear)[::-1]} would not shrink: {spec.num_parameters:,} parameters as {spec.label},"
@@ -259,7 +266,9 @@ def algebra_of(layer: Layer) -> Algebra:
 def matched_low_rank(swap: Swap) -> int:
     """The rank of a low-rank layer with as many parameters as the swap's replacement (at most the full rank)."""
     d, k = swap.spec.dense_features
-    budget = swap.spec.num_parameters - (k if swap.spec.bias else 0)  # its own bias: a narrow layer's is shorter
+    budget = swap.spec.num_parameters // (swap.spec.experts or 1) - (
+        k if swap.spec.bias else 0
+    )  # its own bias: a narrow layer's is shorter
     return min(rank_for(d, k, budget), d, k)
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from hyperfade.errors import FitError, PlanError
-from hyperfade.nn import BlendLinear, JointReading, LightSpec, PHMLinear
-from hyperfade.surgery.families import SHAPES, Dense, features, is_dense, weight_of
+from hyperfade.nn import BlendLinear, ExpertsLinear, JointReading, LightSpec, PHMLinear
+from hyperfade.surgery.experts import open_experts_, opened_experts
+from hyperfade.surgery.families import SHAPES, Dense, dense_matrices, features, is_dense, weight_of
 from hyperfade.surgery.plan import Plan
 
 
@@ -20,38 +21,52 @@ def swap_(model: nn.Module, plan: Plan) -> None:
     Raises `PlanError` or `FitError` before anything is changed where a matrix is missing, has another shape, or holds
     NaN or infinite values.
     """
-    modules = dict(model.named_modules())
+    modules, matrices = dict(model.named_modules()), dense_matrices(model)
     for swap in plan.swaps:
-        linear = modules.get(swap.name)
-        if not is_dense(linear):
-            found = "missing" if linear is None else type(linear).__name__
+        linear = matrices.get(swap.name)
+        if linear is None or not is_dense(linear):
+            found = type(modules[swap.name]).__name__ if swap.name in modules else "missing"
             raise PlanError(
-                f"{swap.name} is {found}, the plan expects an nn.Linear.",
+                f"{swap.name} is {found}, the plan expects {'experts' if swap.spec.experts else 'an nn.Linear'}.",
                 "Make the plan from this very model.",
             )
-        assert isinstance(linear, Dense)
-        given = (*features(linear), linear.bias is not None)
-        expected = (*swap.spec.dense_features, swap.spec.bias)
+        given, expected = _shape(linear), (*swap.spec.dense_features, swap.spec.bias, swap.spec.experts)
         if given != expected:
             raise PlanError(
-                f"{swap.name} has (in, out, bias) = {given}, the plan expects {expected}.",
+                f"{swap.name} has (in, out, bias, experts) = {given}, the plan expects {expected}.",
                 "Make the plan from this model.",
             )
         if not torch.isfinite(linear.weight).all():
             raise FitError(f"The weight of {swap.name} holds NaN or infinite values.", "Check the checkpoint.")
+    _open_(model, {swap.name: swap.spec for swap in plan.swaps})
     for swap in plan.swaps:
-        linear = _as_linear(modules[swap.name])
+        linear = _as_linear(model.get_submodule(swap.name))
         light = swap.spec.build(device=linear.weight.device, dtype=linear.weight.dtype)
         if linear.bias is not None and light.bias is not None:
-            light.bias.data.copy_(linear.bias.data[: swap.spec.out_features])
+            light.bias.data.copy_(linear.bias.data[..., : swap.spec.out_features])
         light.train(linear.training)
         model.set_submodule(swap.name, BlendLinear(linear, light))
+    for mixture in opened_experts(model).values():
+        for kept in mixture.children():
+            if isinstance(kept, ExpertsLinear) and not kept.weight.is_contiguous():  # as it will be saved
+                kept.weight = torch.nn.Parameter(kept.weight.detach().contiguous(), kept.weight.requires_grad)
     _leave_fast_paths_(model, [swap.name for swap in plan.swaps])
 
 
-def _as_linear(module: nn.Module) -> nn.Linear:
-    """The `nn.Linear` itself; of a `Conv1D` one that shares its storage."""
-    if isinstance(module, nn.Linear):
+def _shape(linear: Dense) -> tuple[int, int, bool, int | None]:
+    """(in, out, bias, experts) of a dense matrix, or of those of experts."""
+    number = linear.num_experts if isinstance(linear, ExpertsLinear) else None
+    return (*features(linear), linear.bias is not None, number)
+
+
+def _open_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
+    """Open every module of experts that holds one of the named matrices."""
+    open_experts_(model, {name.rpartition(".")[0] for name, spec in specs.items() if spec.experts})
+
+
+def _as_linear(module: nn.Module) -> nn.Linear | ExpertsLinear:
+    """The `nn.Linear`, or the experts, itself; of a `Conv1D` one that shares its storage."""
+    if isinstance(module, nn.Linear | ExpertsLinear):
         return module
     d, k = features(module)
     linear = nn.Linear(d, k, device="meta").train(module.training)
@@ -75,19 +90,19 @@ def install_(model: nn.Module, specs: dict[str, LightSpec]) -> None:
 
     Raises `PlanError` before anything is changed where a name is missing or a shape differs.
     """
-    modules = dict(model.named_modules())
+    modules, matrices = dict(model.named_modules()), dense_matrices(model)
     for name, spec in specs.items():
-        linear = modules.get(name)
-        expected = (*spec.dense_features, spec.bias)
-        if linear is None or not isinstance(linear, Dense) or (*features(linear), linear.bias is not None) != expected:
+        linear = matrices.get(name)
+        expected = (*spec.dense_features, spec.bias, spec.experts)
+        if linear is None or _shape(linear) != expected:
             raise PlanError(
-                f"The checkpoint replaces {name} with (in, out, bias) = {expected}; {type(model).__name__} has "
-                f"{linear if linear is not None else 'no such module'} there.",
+                f"The checkpoint replaces {name} with (in, out, bias, experts) = {expected}; {type(model).__name__} "
+                f"has {linear or modules.get(name, 'no such module')} there.",
                 "Load it with the class that config.json names under `architectures`.",
             )
+    _open_(model, specs)
     for name, spec in specs.items():
-        weight = modules[name].weight
-        assert isinstance(weight, torch.Tensor)
+        weight = matrices[name].weight
         model.set_submodule(name, spec.build(device=weight.device, dtype=weight.dtype))
     _leave_fast_paths_(model, specs)
 
