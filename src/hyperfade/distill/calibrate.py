@@ -93,7 +93,7 @@ def fit_(
     results: list[LayerFit] = []
     ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches)
     moments = {} if moments is None else moments
-    files = {ffn.name: folder / f"{ffn.name}.safetensors" for ffn in ffns} if folder else {}
+    files = {ffn.name: fit_file(folder, ffn.name) for ffn in ffns} if folder else {}
     if recipe.method == "calibrated" and recipe.prefix == "dense":
         finished = {name for ffn in ffns if ffn.name in files and files[ffn.name].exists() for name in ffn.linears}
         missing = {name: layers[name] for name in swaps if name not in finished and name not in moments}
@@ -234,6 +234,11 @@ def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> 
             "Give data that uses it (images for a vision tower), or exclude it: replace.exclude.",
         )
     return [by_first_layer[name] for name in dict.fromkeys(met)]
+
+
+def fit_file(folder: Path, ffn: str) -> Path:
+    """Where a finished FFN lies: its light branches in tensors called `<matrix>/<part>`."""
+    return folder / f"{ffn}.safetensors"
 
 
 def _keep(file: Path, ffn: FFN, mine: dict[str, BlendLinear], fitted: list[LayerFit], order: Tensor | None) -> None:

@@ -109,25 +109,34 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except Exception as error:
+        with clear_write_errors(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if folder.exists():
+                folder.rename(replaced)
+            temporary.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        if isinstance(error, OSError) or "No space left" in str(
-            error
-        ):  # safetensors reports a full disk in its own type
-            raise OutputError(
-                f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost."
-            ) from error
         raise
+
+
+@contextmanager
+def clear_write_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system raises where `folder` cannot be written into an `OutputError` that names it."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports a full disk in its own type
+        if not (isinstance(error, OSError) or "No space left" in str(error)):
+            raise
+        raise OutputError(
+            f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost."
+        ) from error
 
 
 def resolve(model: str) -> str:
@@ -167,12 +176,16 @@ def load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(path))
 
 
-def skeleton(name: str) -> PreTrainedModel:
-    """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory."""
-    config = load_config(name)
+def skeleton(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory.
+
+    dtype: what its weights have, as its config then says [default: what its config says].
+    """
+    config, options = load_config(name), {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"), clear_errors(name):
         chosen = auto_class(config)
-        model = chosen._from_config(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
+        make = chosen._from_config if issubclass(chosen, PreTrainedModel) else chosen.from_config
+        model = make(config, **options)
     compression = getattr(config, "quantization_config", None) or {}
     if compression.get("quant_method") == METHOD:
         found = HyperfadeConfig.from_dict(compression)
