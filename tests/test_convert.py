@@ -1,6 +1,5 @@
 """A checkpoint converted from disk is, file by file, the one that fitting the model in memory and saving it gives."""
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -40,7 +40,7 @@ from hyperfade.measure import device, machine
 from hyperfade.recipe import Recipe
 from hyperfade.report import fit_text, plan_lines
 from hyperfade.surgery import Plan, install_, plan
-from hyperfade.task import Say
+from hyperfade.task import Say, open_task
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
 _UNCHANGED = "Choose another --output, or delete that folder if you are done with it."
@@ -62,16 +62,8 @@ def convert(recipe: Recipe, say: Say = print, *, shard_bytes: int = 10**9) -> di
     say("It is fitted and not trained: the recipe's train, data.evaluation and rivals play no part.")
     for line in [*plan_lines(the_plan), *_left_out_lines(source)]:
         say(line)
-    dtype = getattr(torch, recipe.dtype)
     with clear_write_errors(recipe.output):
-        fits = fit_streamed(
-            model,
-            the_plan,
-            lambda name: cast(source.by_name[name].read(), dtype).to(device()),
-            variant.fit,
-            variant.work / "fit",
-            _fit_line(the_plan, say),
-        )
+        fits = _fits(recipe, the_plan, source, variant, say)
         install_(model, {swap.name: swap.spec for swap in the_plan.swaps})
         mark_(model)
         _write_weights(_contents(model, the_plan, source, variant), recipe, variant, shard_bytes, say)
@@ -106,8 +98,8 @@ def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored]:
             raise RecipeError(
                 f"{key} needs the whole model in memory, and convert never has it there.", f"Leave out {key}."
             )
-    if recipe.fit.method != "frobenius":
-        raise RecipeError(f"fit.method {recipe.fit.method} cannot be streamed.", "Take --set fit.method=frobenius.")
+    if recipe.fit.method == "random":
+        raise RecipeError("fit.method random needs a training, which convert has none of.", "Take another fit.method.")
     model = skeleton(recipe.model, getattr(torch, recipe.dtype))
     if getattr(model.config, "quantization_config", None) is not None:
         raise PlanError(
@@ -148,6 +140,33 @@ def _left_out_lines(source: Stored) -> list[str]:
     if not source.left_out:
         return []
     return [f"{len(source.left_out)} tensors that the model has no place for are left out, e.g. {source.left_out[0]}"]
+
+
+def _fits(recipe: Recipe, plan: Plan, source: Stored, variant: Variant, say: Say) -> list[LayerFit]:
+    """Fit every FFN, on what calibration batches give it where the recipe says so."""
+    dtype = getattr(torch, recipe.dtype)
+    model, batches = skeleton(recipe.model, dtype, device()), []
+    exact = model._keep_in_fp32_modules_strict or ()
+
+    def read(name: str) -> Tensor:
+        if name not in source.by_name:
+            raise CheckpointError(
+                f"{name} is no tensor of its own in {resolve(recipe.model)}: transformers makes it of others.",
+                "Take fit.method: frobenius, which needs FFN weights only.",
+            )
+        wanted = torch.float32 if any(part in name for part in exact) else dtype
+        return cast(source.by_name[name].read(), wanted).to(device())
+
+    if recipe.fit.method == "calibrated":
+        if recipe.attention:
+            model.set_attn_implementation(recipe.attention)
+        model.config.get_text_config().use_cache = False  # keys and values of all batches would wait in memory
+        for name, buffer in model.named_buffers():
+            if name in source.by_name:
+                buffer.data = read(name).to(buffer.dtype)
+        batches = open_task(recipe, model).calibration_batches(recipe.fit)
+        say(f"calibrating on {sum(len(batch['input_ids']) for batch in batches)} examples, FFN by FFN")
+    return fit_streamed(model, plan, batches, variant.fit, variant.work / "fit", read, _fit_line(plan, say))
 
 
 def _contents(model: PreTrainedModel, plan: Plan, source: Stored, variant: Variant) -> dict[str, StoredTensor | None]:

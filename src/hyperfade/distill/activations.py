@@ -20,16 +20,20 @@ from hyperfade.surgery import region_of
 Batch = dict[str, Tensor]
 
 
+Run = Callable[[nn.Module, Batch], None]
+"""How a batch gets to the layers that a fit looks at; `run` sends it through the whole model."""
+
+
 class Reached(Exception):
     """Raised inside a forward pass once everything wanted has its input: the rest of the pass is not needed."""
 
 
 def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float, send: Run | None = None
 ) -> dict[str, Tensor]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
     `ridge` on the diagonal; padding of the text does not count. Of several processes each gives its own batches, and
-    all get the moments over all of them.
+    all get the moments over all of them. send: how a batch reaches the layers [default: `run`].
 
     All of them are in memory at a time. Raises `FitError` where a layer is never reached or its inputs are not finite.
     """
@@ -52,7 +56,7 @@ def second_moments(
         for batch in batches:
             mask = batch.get("attention_mask")
             met.clear()
-            run(model, batch)
+            (send or run)(model, batch)
     if join().num_processes > 1:
         for name, module in layers.items():
             weight = module.weight

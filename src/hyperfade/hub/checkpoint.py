@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -176,13 +177,15 @@ def load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(path))
 
 
-def skeleton(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def skeleton(name: str, dtype: torch.dtype | None = None, runs_on: torch.device | str | None = None) -> PreTrainedModel:
     """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory.
 
-    dtype: what its weights have, as its config then says [default: what its config says].
+    dtype: what its weights have, as its config then says [default: what its config says]. runs_on: a device for forward
+    passes that bring parameters along as they need them. There its buffers are, and there it says it is.
     """
     config, options = load_config(name), {} if dtype is None else {"dtype": dtype}
-    with torch.device("meta"), clear_errors(name):
+    empty = torch.device("meta") if runs_on is None else init_empty_weights(include_buffers=False)
+    with empty, clear_errors(name):
         chosen = auto_class(config)
         make = chosen._from_config if issubclass(chosen, PreTrainedModel) else chosen.from_config
         model = make(config, **options)
@@ -191,7 +194,20 @@ def skeleton(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         found = HyperfadeConfig.from_dict(compression)
         install_(model, found.specs)
         install_low_bit_(model, found.low_bits)
+    if runs_on is not None:
+        _settle_(model, torch.device(runs_on))
     return model
+
+
+def _settle_(model: nn.Module, device: torch.device) -> None:
+    """Move buffers to `device`, and let models within name it as theirs: they would name their first parameter's."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            named = {"device": device, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            module.__class__ = type(kind.__name__, (kind,), named)
 
 
 def load(name: str, dtype: str = "auto", device_map: Any = None) -> PreTrainedModel:

@@ -47,7 +47,7 @@ class Stored:
     """All tensors of a checkpoint folder that the model has a place for.
 
     tensors: by key, in the order of keys. by_name: those that are a parameter or buffer of the model as they are, by
-    its name there. left_out: keys that the model has no place for; loading ignores them too.
+    its name there, tied ones by all of theirs. left_out: keys that the model has no place for; loading ignores them too.
     """
 
     tensors: dict[str, StoredTensor]
@@ -85,8 +85,10 @@ def stored(folder: Path, model: PreTrainedModel) -> Stored:
             )
         else:
             by_name[name] = tensor
-    filled = {id(state[name]) for name in by_name}  # tied ones are one parameter
-    missing = [name for name, _ in model.named_parameters() if id(state[name]) not in filled]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(state[name]): tensor for name, tensor in by_name.items()}  # tied ones are one parameter
+    by_name = {name: filled[id(p)] for name, p in parameters.items() if id(p) in filled} | by_name
+    missing = [name for name in parameters if name not in by_name]
     if missing and not converted:  # a converter fills parameters whose names it alone knows
         raise CheckpointError(f"{folder} holds no weights for {missing[0]}.", AGAIN)
     return Stored(found, by_name, tuple(left_out))
