@@ -200,8 +200,8 @@ def _write_weights(
     folder.mkdir(exist_ok=True)
     for number, (name, keys) in enumerate(split.filename_to_tensors.items(), start=1):
         if not (folder / name).exists():
-            tensors = {key: tensor_of(key, StoredTensor.read) for key in keys}
-            save_file(tensors, partial, metadata={"format": "pt"})
+            # no name for them: they would still be there while the next file's are read
+            save_file({key: tensor_of(key, StoredTensor.read) for key in keys}, partial, metadata={"format": "pt"})
             os.replace(partial, folder / name)
         say(f"weights: file {number} of {len(split.filename_to_tensors)} is written")
     if split.is_sharded:
@@ -231,12 +231,12 @@ def _write_rest(model: PreTrainedModel, recipe: Recipe, variant: Variant, facts:
 
 def _fit_line(plan: Plan, say: Say) -> Callable[[LayerFit], None]:
     sizes = {swap.name: swap.dense_parameters for swap in plan.swaps}
-    done, seconds = 0, 0.0
+    num_matrices, done, seconds = len(sizes), 0, 0.0
 
     def line(layer: LayerFit) -> None:
         nonlocal done, seconds
         done, seconds = done + sizes.pop(layer.name), seconds + layer.seconds
         left = round(seconds * sum(sizes.values()) / done)
-        say(f"{fit_text(layer)}; {len(sizes)} matrices and {left // 60}:{left % 60:02d} left")
+        say(f"{fit_text(layer)}; {num_matrices - len(sizes)}/{num_matrices}, {left // 60}:{left % 60:02d} left")
 
     return line

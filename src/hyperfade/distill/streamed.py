@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hyperfade.distill.activations import Batch, Run
 from hyperfade.distill.calibrate import LayerFit, fit_, never_reached
 from hyperfade.distill.passes import Pass, outermost, stops
+from hyperfade.errors import FitError
 from hyperfade.recipe import Fit as FitRecipe
 from hyperfade.surgery import Plan, blends, swap_
 
@@ -68,7 +69,7 @@ def _fit_on_the_way(
     """Fit every part while all batches wait in front of the module it is named by."""
     model.eval()
     shelf, results, left = _Shelf(read), [], dict(parts)
-    passes = [Pass(model, batch) for batch in batches]
+    passes = [Pass(model, dict(batch)) for batch in batches]
     try:
         with stops(model, parts), shelf.read_when_called(model, parts):
             for each in passes:
@@ -78,6 +79,11 @@ def _fit_on_the_way(
                 name = passes[0].at if passes else None
                 if name is None:
                     raise never_reached(sorted(left))
+                if name not in left:
+                    raise FitError(
+                        f"{name} runs more than once in a pass, the second time after it was fitted and given up.",
+                        "Take fit.method: frobenius, or compress, which has the model in memory.",
+                    )
                 part, here = left.pop(name), {id(each.batch): each for each in passes if each.at == name}
                 with _swapped(model, part, read) as empty:
                     shelf.bring_(model, name)

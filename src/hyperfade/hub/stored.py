@@ -47,7 +47,7 @@ class Stored:
     """All tensors of a checkpoint folder that the model has a place for.
 
     tensors: by key, in the order of keys. by_name: those that are a parameter or buffer of the model as they are, by
-    its name there, tied ones by all of theirs. left_out: keys that the model has no place for; loading ignores them too.
+    its name there, tied ones by all of theirs. left_out: keys that the model has no place for, as loading leaves them.
     """
 
     tensors: dict[str, StoredTensor]
