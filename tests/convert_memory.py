@@ -1,7 +1,7 @@
 """Prints how far two ways to fit and save a checkpoint push this process's resident size: from disk, and in memory.
 
 python convert_memory.py WARM_UP SOURCE FOLDER: WARM_UP is a small checkpoint that is converted first, so that what is
-measured on SOURCE is no import.
+measured on SOURCE is no import. Three FFNs of each are replaced: more would take time, and no more memory.
 """
 
 import json
@@ -12,6 +12,9 @@ import torch
 from test_convert import in_memory, quiet, recipe
 
 from hyperfade.convert import convert
+from hyperfade.recipe import Layer, Replace, Rule
+
+LAST = Replace(vision=None, rules=(Rule(layer=None), Rule(last_layers=3, layer=Layer(n=4))))
 
 
 def status(field: str) -> int:
@@ -24,7 +27,7 @@ def main() -> None:
     warm_up, source, folder = map(Path, sys.argv[1:])
     grown = {}
     for name, checkpoint in (("warm_up", warm_up), ("measured", source)):
-        wanted = recipe(checkpoint, folder / name)
+        wanted = recipe(checkpoint, folder / name).model_copy(update={"replace": LAST})
         for way, run in (
             ("from disk", lambda wanted: convert(wanted, quiet, shard_bytes=10**7)),
             ("in memory", lambda wanted, name=name: in_memory(wanted, folder / f"{name} in memory")),

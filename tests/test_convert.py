@@ -302,5 +302,5 @@ def test_memory_holds_an_ffn_and_a_file_and_never_the_model(tmp_path: Path) -> N
     path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     grown = json.loads(done.stdout.splitlines()[-1])
-    assert grown["from disk"] < whole / 2  # observed: ? MB
-    assert grown["in memory"] > whole  # observed: ? MB: the way that this test is there to tell apart
+    assert grown["from disk"] < whole / 2  # observed: 35 MB
+    assert grown["in memory"] > whole  # observed: 169 MB, by the way that the bound above has to tell apart
