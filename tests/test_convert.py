@@ -120,7 +120,7 @@ def test_files_of_bounded_size_from_files_of_any_size(tmp_path: Path) -> None:
     convert(many, quiet, shard_bytes=30_000)
     shards = sorted((tmp_path / "many" / "model").glob("model-*-of-*.safetensors"))
     assert len(shards) > 3
-    assert all(file.stat().st_size < 30_000 + 10_000 for file in shards)  # with their headers; observed: 33 kB
+    assert all(file.stat().st_size < 30_000 + 10_000 for file in shards)  # with their headers; observed: 36 kB
     left, right = weights(tmp_path / "one" / "model"), weights(tmp_path / "many" / "model")
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
@@ -142,7 +142,8 @@ def test_keys_that_loading_renames_and_keys_that_nobody_wants(tmp_path: Path) ->
 
 
 def test_the_command_calibrates_as_compress_does(tmp_path: Path) -> None:
-    changes = ["fit.samples=6", "fit.batch_size=2", "fit.sweeps=1", "dtype=float32", "replace.vision=null"]
+    changes = ["fit.samples=6", "fit.batch_size=2", "fit.sweeps=1", "dtype=float32"]
+    changes += ["replace.rules=[{layer: null}, {last_layers: 1, layer: {n: 4}}]"]
     arguments = [part for change in changes for part in ("--set", change)]
     result = CliRunner().invoke(app, ["convert", "embedded", "--output", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 0, result.output
@@ -302,5 +303,5 @@ def test_memory_holds_an_ffn_and_a_file_and_never_the_model(tmp_path: Path) -> N
     path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     grown = json.loads(done.stdout.splitlines()[-1])
-    assert grown["from disk"] < whole / 2  # observed: 35 MB
-    assert grown["in memory"] > whole  # observed: 169 MB, by the way that the bound above has to tell apart
+    assert grown["from disk"] < whole / 2  # observed: 23 MB
+    assert grown["in memory"] > whole  # observed: 155 MB, by the way that the bound above has to tell apart

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from hyperfade.distill import LayerFit, fit_file, fit_streamed
-from hyperfade.errors import CheckpointError, OutputError, PlanError, RecipeError
+from hyperfade.errors import CheckpointError, OutputError, PlanError, ProcessError, RecipeError
 from hyperfade.hub import (
     Stored,
     StoredTensor,
@@ -37,10 +37,11 @@ from hyperfade.hub import (
     takes_images,
 )
 from hyperfade.measure import device, machine
+from hyperfade.processes import join
 from hyperfade.recipe import Recipe
 from hyperfade.report import fit_text, plan_lines
 from hyperfade.surgery import Plan, install_, plan
-from hyperfade.task import Say, open_task
+from hyperfade.task import Say, Task, open_task
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
 
 _UNCHANGED = "Choose another --output, or delete that folder if you are done with it."
@@ -52,18 +53,19 @@ def convert(recipe: Recipe, say: Say = print, *, shard_bytes: int = 10**9) -> di
     shard_bytes: size of the files of weights, which a single larger tensor may exceed.
     Raises a `HyperfadeError` that names the cause; what was finished stays, and the same call goes on from there.
     """
-    model, the_plan, source = _checked(recipe)
+    model, the_plan, source, task = _checked(recipe)
     variant, facts_file = variants(recipe)[0], recipe.output / "fit.json"
     continued = _claim(recipe, source, variant, shard_bytes)
     if variant.model.exists():
+        shutil.rmtree(variant.work / "fit", ignore_errors=True)  # of a run that ended right here
         say(f"Finished earlier: {variant.model}")
         return read_json(facts_file)
     say(f"{'Continuing' if continued else 'Converting'} {recipe.model} → {variant.model}")
     say("It is fitted and not trained: the recipe's train, data.evaluation and rivals play no part.")
     for line in [*plan_lines(the_plan), *_left_out_lines(source)]:
         say(line)
+    fits = _fits(recipe, the_plan, source, task, variant, say)
     with clear_write_errors(recipe.output):
-        fits = _fits(recipe, the_plan, source, variant, say)
         install_(model, {swap.name: swap.spec for swap in the_plan.swaps})
         mark_(model)
         _write_weights(_contents(model, the_plan, source, variant), recipe, variant, shard_bytes, say)
@@ -85,9 +87,11 @@ def convert(recipe: Recipe, say: Say = print, *, shard_bytes: int = 10**9) -> di
     return facts
 
 
-def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored]:
-    """The model on the meta device, its plan and its stored tensors; what does not fit is refused before a folder
-    exists."""
+def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored, Task | None]:
+    """The model on the meta device, its plan, its stored tensors, and the data of a calibrated fit; what does not fit
+    is refused before a folder exists."""
+    if join().num_processes > 1:
+        raise ProcessError("convert is the work of one process, and there are several.", "Start it without torchrun.")
     folder = Path(resolve(recipe.model))
     if not folder.is_dir():
         raise CheckpointError(
@@ -114,7 +118,7 @@ def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored]:
                     f"{swap.name}.{part} is no tensor of its own in {folder}: transformers makes it of others.",
                     "Load the model and save it again, or keep the matrix dense: replace.exclude.",
                 )
-    return model, the_plan, source
+    return model, the_plan, source, open_task(recipe, model) if recipe.fit.method == "calibrated" else None
 
 
 def _claim(recipe: Recipe, source: Stored, variant: Variant, shard_bytes: int) -> bool:
@@ -130,8 +134,9 @@ def _claim(recipe: Recipe, source: Stored, variant: Variant, shard_bytes: int) -
     if not known.exists():
         write_json(known, now)
     before = read_json(known)
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
+    if before != now:
+        then = before if isinstance(before, dict) else {}
+        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
         raise OutputError(f"{', '.join(changed)} of {folder} changed since {recipe.output} was begun.", _UNCHANGED)
     return continued
 
@@ -142,8 +147,8 @@ def _left_out_lines(source: Stored) -> list[str]:
     return [f"{len(source.left_out)} tensors that the model has no place for are left out, e.g. {source.left_out[0]}"]
 
 
-def _fits(recipe: Recipe, plan: Plan, source: Stored, variant: Variant, say: Say) -> list[LayerFit]:
-    """Fit every FFN, on what calibration batches give it where the recipe says so."""
+def _fits(recipe: Recipe, plan: Plan, source: Stored, task: Task | None, variant: Variant, say: Say) -> list[LayerFit]:
+    """Fit every FFN, on what the calibration batches of `task` give it where there is one."""
     dtype = getattr(torch, recipe.dtype)
     model, batches = skeleton(recipe.model, dtype, device()), []
     exact = model._keep_in_fp32_modules_strict or ()
@@ -157,16 +162,17 @@ def _fits(recipe: Recipe, plan: Plan, source: Stored, variant: Variant, say: Say
         wanted = torch.float32 if any(part in name for part in exact) else dtype
         return cast(source.by_name[name].read(), wanted).to(device())
 
-    if recipe.fit.method == "calibrated":
+    if task is not None:
         if recipe.attention:
             model.set_attn_implementation(recipe.attention)
         model.config.get_text_config().use_cache = False  # keys and values of all batches would wait in memory
         for name, buffer in model.named_buffers():
             if name in source.by_name:
                 buffer.data = read(name).to(buffer.dtype)
-        batches = open_task(recipe, model).calibration_batches(recipe.fit)
+        batches = task.calibration_batches(recipe.fit)
         say(f"calibrating on {sum(len(batch['input_ids']) for batch in batches)} examples, FFN by FFN")
-    return fit_streamed(model, plan, batches, variant.fit, variant.work / "fit", read, _fit_line(plan, say))
+    with clear_write_errors(recipe.output):
+        return fit_streamed(model, plan, batches, variant.fit, variant.work / "fit", read, _fit_line(plan, say))
 
 
 def _contents(model: PreTrainedModel, plan: Plan, source: Stored, variant: Variant) -> dict[str, StoredTensor | None]:
