@@ -32,6 +32,7 @@ benchmark: $(INSTALLED) benchmark-speed
 	$(BIN)/python benchmarks/fit_speed.py
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/fit_memory.py
+	$(BIN)/python benchmarks/stream_memory.py
 	$(BIN)/python benchmarks/fade.py
 	$(BIN)/python benchmarks/calibration.py
 

@@ -33,3 +33,10 @@ def test_every_file_it_links_to_exists() -> None:
     links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
     assert len(links) >= 3
     assert [target for target in links if not (ROOT / target).exists()] == []
+
+
+def test_the_peak_it_names_is_the_measured_one() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/stream_memory.json").read_text(encoding="utf-8"))
+    assert f"{measured['disk_bytes']['source'] / 1e9:.1f} GB on disk" in README
+    assert f"a peak of\n{measured['peak_bytes'] / 1e9:.1f} GB" in README
+    assert measured["peak_bytes"] < 4e9

@@ -35,7 +35,7 @@ from hyperfade.hub import mark_, round_, save
 from hyperfade.measure import num_parameters
 from hyperfade.processes import is_first, wait
 from hyperfade.recipe import Train
-from hyperfade.report import allocation_lines, fault_text, few_tokens_text, plan_lines, read_metrics
+from hyperfade.report import allocation_lines, fault_text, few_tokens_text, fit_text, plan_lines, read_metrics
 from hyperfade.surgery import blends, join_readers_, plan, swap_
 from hyperfade.task import Say, Task
 from hyperfade.workspace import Variant, read_json, write_json
@@ -224,10 +224,7 @@ def _reload_bit_equal(model: Any, reloaded: Any, task: Task) -> bool:
 def _fit_line(variant: Variant, say: Say) -> Callable[[LayerFit], None]:
     def line(layer: LayerFit) -> None:
         if layer.error is not None and layer.low_rank_error is not None:
-            say(
-                f"[{variant.name}] fit {layer.name}: {layer.label}, error {layer.error:.4f} "
-                f"(low-rank of the same size {layer.low_rank_error:.4f}), {layer.seconds:.1f} s"
-            )
+            say(f"[{variant.name}] {fit_text(layer)}")
         if layer.few_tokens:
             say(f"[{variant.name}] fit {layer.name}: {few_tokens_text(layer.few_tokens)}")
 

@@ -86,6 +86,20 @@ def compress(
     leave()
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of the dense checkpoint (safetensors), or `embedded`.")],
+    recipe: RecipeOption = "quarter",
+    output: Annotated[Path | None, typer.Option(help="Overrides the recipe's output folder.")] = None,
+    changes: SetOption = None,
+) -> None:
+    """Fit a model that is larger than memory, straight from its files; no training. Run it again to continue."""
+    from hyperfade import convert as streamed
+
+    direct = {"model": source, "output": output}
+    streamed.convert(_recipe(recipe, changes, {k: v for k, v in direct.items() if v is not None}), _say)
+
+
 @app.command("quantize")
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, compressed or dense, or `embedded`.")],

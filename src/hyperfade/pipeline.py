@@ -6,22 +6,21 @@ Every stage leaves its result in the output folder and is skipped where it is th
 an interrupted run. Rivals of the recipe go through the same stages with the same data and budget.
 """
 
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from hyperfade.build import build, matched_parameters
 from hyperfade.compose.quantize import check_format
-from hyperfade.data import Collator, open_source
+from hyperfade.data import open_source
 from hyperfade.errors import PlanError
-from hyperfade.hub import card, load_processor, resolve, skeleton, takes_images, verify_checkpoint
+from hyperfade.hub import card, resolve, skeleton, verify_checkpoint
 from hyperfade.measure import check_tasks
 from hyperfade.processes import is_first, wait
 from hyperfade.recipe import Recipe
 from hyperfade.report import write_report
 from hyperfade.results import measure
 from hyperfade.surgery import plan
-from hyperfade.task import Say, Task
+from hyperfade.task import Say, Task, open_task
 from hyperfade.workspace import open_output, variants, write_json
 
 
@@ -70,10 +69,8 @@ def _checked(recipe: Recipe) -> Task:
     for variant in variants(recipe):
         plan(model, variant.replace)
         matched_parameters(model, variant.train)
-    processor, data = load_processor(recipe.model), recipe.data
-    source = open_source(data.train, needs_images=takes_images(model.config), on_bad=data.on_bad_sample)
+    task, data = open_task(recipe, model), recipe.data
     # What is wrong with the evaluation is known now, not after training.
     evaluation = open_source(data.evaluation, on_bad=data.on_bad_sample)
     check_tasks(evaluation, limit=data.evaluation_limit, seed=recipe.seed)
-    collator = Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample)
-    return Task(recipe, processor, source, collator, "logits_to_keep" in signature(model.forward).parameters)
+    return task

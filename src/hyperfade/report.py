@@ -45,6 +45,14 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
     return lines
 
 
+def fit_text(layer: Any) -> str:
+    """How one matrix came out of the fit, a `LayerFit` that has an error."""
+    return (
+        f"fit {layer.name}: {layer.label}, error {layer.error:.4f} (low-rank of the same size "
+        f"{layer.low_rank_error:.4f}), {layer.seconds:.1f} s"
+    )
+
+
 def allocation_lines(allocation: dict[str, Any]) -> list[str]:
     """An `Allocation`, as a mapping: where the budget went, a line per region, and what that is predicted to gain."""
     lines, shares = [], allocation["shares"]

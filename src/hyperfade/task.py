@@ -2,21 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hyperfade.data import Collator, Source, named_when_slow
+from hyperfade.data import Collator, Source, named_when_slow, open_source
 from hyperfade.distill import answers_only
 from hyperfade.errors import DataError, FitError
-from hyperfade.hub import load
+from hyperfade.hub import load, load_processor, takes_images
 from hyperfade.measure import device
 from hyperfade.processes import join, share_of
 from hyperfade.recipe import Fit, Recipe, Train
 from hyperfade.workspace import Variant
 
 Say = Callable[[str], None]
+
+
+def open_task(recipe: Recipe, model: PreTrainedModel) -> "Task":
+    """Processor and training data of `recipe`, for `model` (on any device). Raises `DataError` for what is wrong."""
+    processor, data = load_processor(recipe.model), recipe.data
+    source = open_source(data.train, needs_images=takes_images(model.config), on_bad=data.on_bad_sample)
+    collator = Collator(processor, max_tokens=data.max_tokens, on_bad=data.on_bad_sample)
+    return Task(recipe, processor, source, collator, "logits_to_keep" in signature(model.forward).parameters)
 
 
 @dataclass(frozen=True)

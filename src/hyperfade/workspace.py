@@ -75,7 +75,9 @@ def open_output(recipe: Recipe) -> bool:
                 )
             return True
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _RECIPE).write_text(text, encoding="utf-8")
+        partial = folder.with_name(f".{folder.name}.partial")  # beside it: until the recipe is there, it is not ours
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / _RECIPE)
     except (OSError, ValueError) as error:  # ValueError: no name a folder can have, or a recipe.yaml that is no text
         raise OutputError(f"Cannot write {folder}: {error}.", "Choose another --output.") from error
     return False

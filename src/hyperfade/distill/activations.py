@@ -33,6 +33,8 @@ class ExpertMoments:
 
 
 Moment = Tensor | ExpertMoments
+Run = Callable[[nn.Module, Batch], None]
+"""How a batch gets to the layers that a fit looks at; `run` sends it through the whole model."""
 
 
 class Reached(Exception):
@@ -40,12 +42,17 @@ class Reached(Exception):
 
 
 def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], ridge: float, expert_prior: float = 0.1
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    ridge: float,
+    expert_prior: float = 0.1,
+    send: Run | None = None,
 ) -> dict[str, Moment]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
     `ridge` on the diagonal; padding of the text does not count. Of matrices of experts one for each, and the average of
     all counts for `expert_prior` · d tokens in it. Of several processes each gives its own batches, and all get the
-    moments over all of them.
+    moments over all of them. send: how a batch reaches the layers [default: `run`].
 
     All of them are in memory at a time. Raises `FitError` where a layer is never reached or its inputs are not finite.
     """
@@ -69,7 +76,7 @@ def second_moments(
         for batch in batches:
             mask = batch.get("attention_mask")
             met.clear()
-            run(model, batch)
+            (send or run)(model, batch)
     if join().num_processes > 1:
         for name, module in layers.items():
             weight = module.weight

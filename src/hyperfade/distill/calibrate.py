@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperfade.algebra import low_rank
-from hyperfade.distill.activations import Batch, ExpertMoments, Moment, input_hooks, run, second_moments
+from hyperfade.distill.activations import Batch, ExpertMoments, Moment, Run, input_hooks, run, second_moments
 from hyperfade.distill.matrices import LayerFit, fit_experts, fit_matrix
 from hyperfade.errors import CheckpointError, FitError
 from hyperfade.nn import BlendLinear
@@ -50,6 +50,7 @@ def fit_(
     folder: Path | None = None,
     on_layer: Callable[[LayerFit], None] = lambda layer: None,
     moments: dict[str, Moment] | None = None,
+    send: Run = run,
 ) -> list[LayerFit]:
     """Fit the light branch of every `BlendLinear` that `plan` made in `model`; the model ends at α = 0 as it began,
     but where FFNs keep a part of their hidden units it ends with those alone.
@@ -58,7 +59,7 @@ def fit_(
     are kept there and taken from there, so an interrupted fit continues. Of several processes each gives its own share
     of the batches, and all get the same fit. on_layer is called after each matrix. moments: second moments of inputs by
     matrix, under `prefix: dense` used where they are there and added where they are not, so that several plans for one
-    model and the same batches gather them once.
+    model and the same batches gather them once. send: how a batch reaches the plan's layers.
     Raises `FitError` where an FFN is never reached, activations are not finite, or a part of an FFN's hidden units is
     to be kept and the method gathers no activations that would tell which.
     """
@@ -75,13 +76,13 @@ def fit_(
     was_training = model.training
     model.eval()
     results: list[LayerFit] = []
-    ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches)
+    ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches, send)
     moments = {} if moments is None else moments
-    files = {ffn.name: folder / f"{ffn.name}.safetensors" for ffn in ffns} if folder else {}
+    files = {ffn.name: fit_file(folder, ffn.name) for ffn in ffns} if folder else {}
     if recipe.method == "calibrated" and recipe.prefix == "dense":
         finished = {name for ffn in ffns if ffn.name in files and files[ffn.name].exists() for name in ffn.linears}
         missing = {name: layers[name] for name in swaps if name not in finished and name not in moments}
-        moments |= second_moments(model, missing, batches, recipe.ridge, recipe.expert_prior) if missing else {}
+        moments |= second_moments(model, missing, batches, recipe.ridge, recipe.expert_prior, send) if missing else {}
     for ffn in ffns:
         mine = {name: layers[name] for name in ffn.linears if name in swaps}
         file = files.get(ffn.name)
@@ -89,7 +90,7 @@ def fit_(
             fitted = _restore(file, ffn, mine)
         else:
             fitted, order = _fit_ffn(
-                model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {}
+                model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {}, send
             )
             if file is not None and is_first():
                 _keep(file, ffn, mine, fitted, order)
@@ -110,13 +111,14 @@ def _fit_ffn(
     batches: Sequence[Batch],
     recipe: FitRecipe,
     dense_moments: Mapping[str, Moment],
+    send: Run,
 ) -> tuple[list[LayerFit], Tensor | None]:
     """Readers first, on the FFN's input; then the writer, on what it reads with them in place (or in the dense model,
     where `dense_moments` has that)."""
 
     def moment_of(name: str) -> Moment:
         if name not in dense_moments:
-            return second_moments(model, {name: mine[name]}, batches, recipe.ridge, recipe.expert_prior)[name]
+            return second_moments(model, {name: mine[name]}, batches, recipe.ridge, recipe.expert_prior, send)[name]
         moment = dense_moments[name]
         return moment if order is None or name != ffn.writer else _whole(moment)[order][:, order]
 
@@ -201,7 +203,7 @@ def _copy_biases_(mine: dict[str, BlendLinear]) -> None:
             blend.light.bias.copy_(blend.dense.bias)
 
 
-def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> list[FFN]:
+def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch], send: Run) -> list[FFN]:
     """The plan's FFNs in the order one forward pass meets them: the order that gives every layer its prefix."""
     if not batches:
         raise FitError(
@@ -211,14 +213,24 @@ def _in_order_of_use(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> 
     by_first_layer = {next(name for name in f.linears if name in {s.name for s in plan.swaps}): f for f in plan.ffns}
     layers = blends(model)
     with input_hooks({layers[name]: lambda module, args, name=name: met.append(name) for name in by_first_layer}):
-        run(model, batches[0])
+        send(model, batches[0])
     missed = [f.name for name, f in by_first_layer.items() if name not in met]
     if missed:
-        raise FitError(
-            f"Calibration never reaches {', '.join(missed[:3])}{' …' if missed[3:] else ''}.",
-            "Give data that uses it (images for a vision tower), or exclude it: replace.exclude.",
-        )
+        raise never_reached(missed)
     return [by_first_layer[name] for name in dict.fromkeys(met)]
+
+
+def never_reached(ffns: list[str]) -> FitError:
+    """The error that names FFNs which no calibration input gets to."""
+    return FitError(
+        f"Calibration never reaches {', '.join(ffns[:3])}{' …' if ffns[3:] else ''}.",
+        "Give data that uses it (images for a vision tower), or exclude it: replace.exclude.",
+    )
+
+
+def fit_file(folder: Path, ffn: str) -> Path:
+    """Where a finished FFN lies: its light branches in tensors called `<matrix>/<part>`."""
+    return folder / f"{ffn}.safetensors"
 
 
 def _keep(file: Path, ffn: FFN, mine: dict[str, BlendLinear], fitted: list[LayerFit], order: Tensor | None) -> None:

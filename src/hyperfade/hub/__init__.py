@@ -1,9 +1,20 @@
 """Checkpoints: save, load, and the Hugging Face plug-in."""
 
-from hyperfade.hub.card import card, footnote, is_share, metric_label, score_rows, score_text, table, tasks_of
+from hyperfade.hub.card import (
+    card,
+    card_head,
+    footnote,
+    is_share,
+    metric_label,
+    score_rows,
+    score_text,
+    table,
+    tasks_of,
+)
 from hyperfade.hub.checkpoint import (
     EMBEDDED,
     EMBEDDED_FOLDER,
+    clear_write_errors,
     fold_,
     load,
     load_config,
@@ -19,13 +30,19 @@ from hyperfade.hub.checkpoint import (
 )
 from hyperfade.hub.integrity import verify_checkpoint, verify_safetensors
 from hyperfade.hub.quantizer import HyperfadeConfig, HyperfadeQuantizer
+from hyperfade.hub.stored import Stored, StoredTensor, cast, stored
 
 __all__ = [
     "EMBEDDED",
     "EMBEDDED_FOLDER",
     "HyperfadeConfig",
     "HyperfadeQuantizer",
+    "Stored",
+    "StoredTensor",
     "card",
+    "card_head",
+    "cast",
+    "clear_write_errors",
     "fold_",
     "footnote",
     "is_share",
@@ -41,6 +58,7 @@ __all__ = [
     "score_rows",
     "score_text",
     "skeleton",
+    "stored",
     "table",
     "takes_images",
     "tasks_of",

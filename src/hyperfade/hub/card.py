@@ -93,11 +93,25 @@ def table(results: dict[str, Any]) -> str:
 
 def card(results: dict[str, Any], name: str = "compressed") -> str:
     """The README.md of one variant's checkpoint, Hugging Face front matter included."""
-    recipe, machine = results["recipe"], results["machine"]
     entry = results if name == "compressed" else results["rivals"][name]
+    return f"""{card_head({**results, **entry}, name)}
+## Measured
+
+{table(results)}
+
+{footnote(results)}
+"""
+
+
+def card_head(facts: Mapping[str, Any], name: str) -> str:
+    """What a checkpoint is and how to load it: the beginning of its README.md.
+
+    facts: recipe, machine, takes_images, ffn_params_ratio and params_ratio, as results.json has them.
+    """
+    recipe, machine = facts["recipe"], facts["machine"]
     model_class, processor_class = (
         ("AutoModelForImageTextToText", "AutoProcessor")
-        if results["takes_images"]
+        if facts["takes_images"]
         else ("AutoModelForCausalLM", "AutoTokenizer")
     )
     return f"""---
@@ -107,8 +121,8 @@ tags: [hyperfade, phm, compression]
 
 # {recipe["model"]}, compressed with hyperfade ({name})
 
-Feed-forward weights at {entry["ffn_params_ratio"]:.1%} of their parameters, the whole model at
-{entry["params_ratio"]:.1%}. Made by hyperfade {machine["hyperfade"]} on {machine["date"]}.
+Feed-forward weights at {facts["ffn_params_ratio"]:.1%} of their parameters, the whole model at
+{facts["params_ratio"]:.1%}. Made by hyperfade {machine["hyperfade"]} on {machine["date"]}.
 
 ## Use
 
@@ -119,12 +133,6 @@ from transformers import {model_class}, {processor_class}
 model = {model_class}.from_pretrained("THIS_FOLDER")
 processor = {processor_class}.from_pretrained("THIS_FOLDER")
 ```
-
-## Measured
-
-{table(results)}
-
-{footnote(results)}
 """
 
 

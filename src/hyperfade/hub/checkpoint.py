@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -109,30 +110,39 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = partial_of(folder)
     replaced = folder.with_name(f".{folder.name}.replaced")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except Exception as error:
+        with clear_write_errors(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if folder.exists():
+                folder.rename(replaced)
+            temporary.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        if isinstance(error, OSError) or "No space left" in str(
-            error
-        ):  # safetensors reports a full disk in its own type
-            raise OutputError(
-                f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost."
-            ) from error
         raise
 
 
 def partial_of(folder: Path) -> Path:
     """Where `write_folder` writes before it renames."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+@contextmanager
+def clear_write_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system raises where `folder` cannot be written into an `OutputError` that names it."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports a full disk in its own type
+        if not (isinstance(error, OSError) or "No space left" in str(error)):
+            raise
+        raise OutputError(
+            f"Cannot write {folder}: {error}.", "Free space, or choose another folder; nothing was lost."
+        ) from error
 
 
 def resolve(model: str) -> str:
@@ -172,18 +182,37 @@ def load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(path))
 
 
-def skeleton(name: str) -> PreTrainedModel:
-    """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory."""
-    config = load_config(name)
-    with torch.device("meta"), clear_errors(name):
+def skeleton(name: str, dtype: torch.dtype | None = None, runs_on: torch.device | str | None = None) -> PreTrainedModel:
+    """The model of `load_config(name)`, dense or compressed, on the meta device: shapes without memory.
+
+    dtype: what its weights have, as its config then says [default: what its config says]. runs_on: a device for forward
+    passes that bring parameters along as they need them. There its buffers are, and there it says it is.
+    """
+    config, options = load_config(name), {} if dtype is None else {"dtype": dtype}
+    empty = torch.device("meta") if runs_on is None else init_empty_weights(include_buffers=False)
+    with empty, clear_errors(name):
         chosen = auto_class(config)
-        model = chosen._from_config(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
+        make = chosen._from_config if issubclass(chosen, PreTrainedModel) else chosen.from_config
+        model = make(config, **options)
     compression = getattr(config, "quantization_config", None) or {}
     if compression.get("quant_method") == METHOD:
         found = HyperfadeConfig.from_dict(compression)
         install_(model, found.specs)
         install_low_bit_(model, found.low_bits)
+    if runs_on is not None:
+        _settle_(model, torch.device(runs_on))
     return model
+
+
+def _settle_(model: nn.Module, device: torch.device) -> None:
+    """Move buffers to `device`, and let models within name it as theirs: they would name their first parameter's."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            named = {"device": device, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            module.__class__ = type(kind.__name__, (kind,), named)
 
 
 def load(name: str, dtype: str = "auto", device_map: Any = None) -> PreTrainedModel:
