@@ -5,7 +5,7 @@ from hyperfade.nn.joint import JointReading
 from hyperfade.nn.low_bit import Format, LowBit, LowBitLinear, bitsandbytes, fitting_group, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.narrow import NarrowLinear
-from hyperfade.nn.phm import PHMLinear, keep_derived_
+from hyperfade.nn.phm import PHMLinear, keep_derived_, pack_
 from hyperfade.nn.spec import Light, LightSpec, light_modules
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "keep_derived_",
     "light_modules",
     "low_bit_modules",
+    "pack_",
 ]

@@ -22,8 +22,8 @@ class LightSpec:
 
     rank: of the low-rank layer, or of the hypercomplex layer's companion (0 for none). replaced: (in, out) of the dense
     matrix where the FFN keeps a part of its hidden units only, so that the layer is narrower than the matrix; None
-    where it is as wide. A narrower layer may also be dense: algebra None, rank 0. split: the products are modules of
-    their own, as quantizers need them.
+    where it is as wide. A narrower layer may also be dense: algebra None, rank 0. stacked: the products lie under
+    one another in a core, as quantizers need them.
     """
 
     in_features: int
@@ -32,7 +32,7 @@ class LightSpec:
     algebra: Algebra | None
     rank: int = 0
     replaced: tuple[int, int] | None = None
-    split: bool = False
+    stacked: bool = False
 
     @classmethod
     def of(cls, layer: Light) -> "LightSpec":
@@ -40,7 +40,7 @@ class LightSpec:
         widths = layer.in_features, layer.out_features, layer.bias is not None
         if isinstance(layer, PHMLinear):
             rank = layer.companion.rank if layer.companion else 0
-            return cls(*widths, layer.algebra, rank, layer.replaced, layer.cores is not None)
+            return cls(*widths, layer.algebra, rank, layer.replaced, layer.stacked)
         return cls(*widths, None, layer.rank if isinstance(layer, LowRankLinear) else 0, layer.replaced)
 
     @property
@@ -62,8 +62,8 @@ class LightSpec:
             layer = LowRankLinear(self.in_features, self.out_features, self.rank, self.bias, **like)
         else:
             layer = PHMLinear(self.in_features, self.out_features, self.algebra, self.bias, self.rank, **like)
-            if self.split:
-                layer.split_()
+            if self.stacked:
+                layer.stack_()
         layer.replaced = self.replaced
         return layer
 
@@ -96,10 +96,11 @@ class LightSpec:
         return f"{a.name.replace('_', '-')} n={a.n} {'t' if a.form == 'terms' else 'R'}={a.size}{companion}{width}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `replaced` and `split` only where they say something."""
+        """Plain JSON values; `replaced` and `stacked` only where they say something."""
         fields = asdict(self)
-        replaced, split = fields.pop("replaced"), fields.pop("split")
-        return fields | ({} if replaced is None else {"replaced": list(replaced)}) | ({"split": True} if split else {})
+        replaced, stacked = fields.pop("replaced"), fields.pop("stacked")
+        narrower = {} if replaced is None else {"replaced": list(replaced)}
+        return fields | narrower | ({"stacked": True} if stacked else {})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str) -> "LightSpec":
@@ -111,9 +112,9 @@ class LightSpec:
                 "replaced": None if replaced is None else tuple(replaced),
             }
             spec = cls(**{**fields, **values})
-            splits = spec.algebra is not None and spec.algebra.form == "products"
+            stacks = spec.algebra is not None and spec.algebra.form == "products"
             if not (_widths_fit(spec) and spec.rank >= 0 and isinstance(spec.bias, bool)) or (
-                spec.split is not (spec.split is True and splits)
+                spec.stacked is not (spec.stacked is True and stacks)
             ):
                 raise ValueError(f"impossible values in {spec}")
             with torch.device("meta"):
