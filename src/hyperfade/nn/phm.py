@@ -179,8 +179,7 @@ class PHMLinear(nn.Module):
         return self.algebra.form == "products" and self.T is None
 
     def stack_(self) -> None:
-        """Hold the products T_r under one another in one `nn.Linear`, d/n → R·k/n, as quantizers and adapters want
-        them. The layer computes the same."""
+        """Hold the products T_r under one another in one `nn.Linear`, d/n → R·k/n, as quantizers and adapters want."""
         if self.algebra.form != "products" or self.stacked:
             return
         weight = self.T.detach().flatten(0, 1)
@@ -297,6 +296,7 @@ def pack_(model: nn.Module) -> None:
     """Lay few bits out as this processor's kernels read them best, product by product where matrices are large."""
     for module in model.modules():
         if isinstance(module, PHMLinear) and module.stacked and isinstance(module.core, LowBitLinear):
+            module.core.unpack_()
             module.core.parts = kernel_calls(module.algebra, module.in_features, module.out_features)
     for layer in low_bit_modules(model).values():
         layer.pack_()
