@@ -77,7 +77,8 @@ class EngineConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take over the names that vLLM's model has for the checkpoint's modules."""
-        self.specs, self.low_bits = (hf_to_vllm_mapper.apply_dict(own) for own in (self.specs, self.low_bits))
+        self.specs = hf_to_vllm_mapper.apply_dict(self.specs)
+        self.low_bits = hf_to_vllm_mapper.apply_dict(self.low_bits)
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """The names that vLLM's model has for the checkpoint's tensors, where its own mapper does not know."""
@@ -90,8 +91,7 @@ class EngineConfig(QuantizationConfig):
             return None
         if "vision_tower.vision_model." in prefix and not self.wraps_tower:
             self.wraps_tower = True
-            both = (self.specs, self.low_bits)
-            self.specs, self.low_bits = ({_UNWRAPPED_TOWER.sub(_TOWER, f): v for f, v in own.items()} for own in both)
+            self.specs, self.low_bits = _wrapped(self.specs), _wrapped(self.low_bits)
         parent, _, name = prefix.rpartition(".")
         names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
         matrices = {full: self.specs.get(full) for full in names}
@@ -262,6 +262,11 @@ class LayerMethod(LinearMethodBase):
         """The matrix that vLLM means by a part of a linear."""
         index = _ATTENTION_PARTS.index(part) if isinstance(part, str) else part or 0
         return list(self.specs)[index]
+
+
+def _wrapped(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by the names that vLLM's towers have."""
+    return {_UNWRAPPED_TOWER.sub(_TOWER, name): value for name, value in by_name.items()}
 
 
 def _inside(path: str, name: str) -> bool:
