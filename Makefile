@@ -51,6 +51,9 @@ benchmark-quality: reference
 	$(BIN)/python benchmarks/comparison.py
 	$(BIN)/python benchmarks/comparison_report.py
 	$(BIN)/python benchmarks/quantization.py --text $(TEXT)
+	$(BIN)/python benchmarks/stacking.py --text $(TEXT)
+	$(BIN)/python benchmarks/stacking.py --text $(TEXT) --speed
+	$(BIN)/python benchmarks/low_bit_forms.py
 	$(BIN)/python benchmarks/quantization_report.py
 
 # docs/speed.md on this processor; each step stops after its --minutes, and goes on with what is missing when repeated

@@ -51,7 +51,7 @@ def place(args: argparse.Namespace, model: str, method: str, to: str) -> Path:
     return args.output / model / method.replace(" ", "-").replace("/", "-") / to
 
 
-def make_embedded(args: argparse.Namespace, method: str, folder: Path) -> None:
+def make_embedded(method: str, folder: Path) -> None:
     """The model that ships, compressed as `make demo` does it."""
     layer = METHODS[method]
     if layer is None:
@@ -101,13 +101,13 @@ def ffn_bytes(model: Any) -> int:
     return weight_bytes(nn.ModuleList(model.get_submodule(name) for name in names))
 
 
-def cell(args: argparse.Namespace, name: str, method: str, to: str, moments: dict[str, Tensor]) -> dict[str, Any]:
-    """Make the checkpoint, in whole or from that in bfloat16, and measure what is read back from it."""
+def checkpoint(args: argparse.Namespace, name: str, method: str, to: str, moments: dict[str, Tensor]) -> Path:
+    """The folder of a cell's checkpoint, made where it is missing: in whole, or from that in bfloat16."""
     folder, whole = place(args, name, method, to), place(args, name, method, "bf16")
     if not whole.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        whole.parent.mkdir(parents=True, exist_ok=True)
         if name == "embedded":
-            make_embedded(args, method, whole)
+            make_embedded(method, whole)
         else:
             make_language(args, method, whole, moments)
     if not folder.exists():
@@ -115,10 +115,16 @@ def cell(args: argparse.Namespace, name: str, method: str, to: str, moments: dic
         print("\n".join(quantize_(model, to, args.group if to == "int4" else None).lines()), flush=True)  # type: ignore[arg-type]
         mark_(model)
         save(model, folder, load_processor(str(whole)))
-    model = load(str(folder), "bfloat16")
+    return folder
+
+
+@torch.inference_mode()
+def cell(args: argparse.Namespace, name: str, method: str, to: str, moments: dict[str, Tensor]) -> dict[str, Any]:
+    """What is read back from a checkpoint: its quality and its bytes."""
+    folder = checkpoint(args, name, method, to, moments)
+    model: Any = load(str(folder), "bfloat16")
     sizes = {"disk_bytes": disk_bytes(folder), "memory_bytes": weight_bytes(model), "ffn_bytes": ffn_bytes(model)}
-    with torch.inference_mode():
-        return quality(args, name, model, folder) | sizes
+    return quality(args, name, model, folder) | sizes
 
 
 def prompt(name: str, folder: Path, text: Path) -> dict[str, Tensor]:
@@ -132,7 +138,7 @@ def prompt(name: str, folder: Path, text: Path) -> dict[str, Tensor]:
 
 def speeds(args: argparse.Namespace, name: str) -> dict[str, dict[str, dict[str, Any]]]:
     """By format and method; speed-ups are against the dense model of that format. Dense in bfloat16 is in all."""
-    folders = {(to, method): place(args, name, method, to) for to in FORMATS for method in METHODS}
+    folders = {(to, method): checkpoint(args, name, method, to, {}) for to in FORMATS for method in METHODS}
     asked = prompt(name, folders["bf16", "dense"], args.text)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for to in FORMATS:
