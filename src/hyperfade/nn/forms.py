@@ -112,7 +112,7 @@ def in_one_call(x: Tensor, mixing: Tensor, core: Callable[[Tensor], Tensor]) -> 
 
     x (M, n, d/n), mixing (n, n·R) in float32: y (M, k).
     """
-    z = core(x)
+    z = core(x.flatten(0, 1))
     return mixed_in_float32(z.view(x.shape[0], mixing.shape[1], -1), mixing).flatten(1)
 
 

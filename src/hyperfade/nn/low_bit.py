@@ -104,7 +104,8 @@ class LowBitLinear(nn.Module):
         if not self.in_kernel(x, x.numel() // self.in_features):
             return F.linear(x, self.rebuilt(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features)
-        y = torch.cat([self.by_kernel(rows, part) for part in range(self.parts)], 1)
+        made = [self.by_kernel(rows, part) for part in range(self.parts)]
+        y = made[0] if len(made) == 1 else torch.cat(made, 1)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -120,7 +121,7 @@ class LowBitLinear(nn.Module):
         outputs = self.out_features // self.parts
         return not (self.held.group_size or self.in_features % _KERNEL_STEP or outputs % _KERNEL_STEP)
 
-    def by_kernel(self, rows: Tensor, part: int) -> Tensor:
+    def by_kernel(self, rows: Tensor, part: int = 0) -> Tensor:
         """rows (M, in_features) times a part of W's rows: (M, out_features / parts), where `in_kernel` says so."""
         if self.held.to == "int8":
             qdata, scale = (tensor.chunk(self.parts)[part] for tensor in (self.qdata, self.scale))

@@ -40,7 +40,7 @@ from hyperfade.nn.forms import (
 )
 from hyperfade.nn.low_bit import LowBitLinear, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
-from hyperfade.nn.stacked import KeptMixing, run_stacked, state_of
+from hyperfade.nn.stacked import KeptMixing, by_core, products_of, state_of
 
 _COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
 
@@ -95,7 +95,7 @@ class PHMLinear(nn.Module):
         self.mixes_in = in_features <= out_features
         self.joint: Joint | None = None
         self.derived: Derived | None = None
-        self.kept_mixing = KeptMixing()
+        self.stacked, self.kept_mixing = False, KeptMixing()
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
@@ -173,11 +173,6 @@ class PHMLinear(nn.Module):
             assert fit.companion is not None
             self.companion.load_fit_(fit.companion)
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the products lie in a core of their own."""
-        return self.algebra.form == "products" and self.T is None
-
     def stack_(self) -> None:
         """Hold the products T_r under one another in one `nn.Linear`, d/n → R·k/n, as quantizers and adapters want."""
         if self.algebra.form != "products" or self.stacked:
@@ -186,7 +181,7 @@ class PHMLinear(nn.Module):
         core = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         core.weight = nn.Parameter(weight, requires_grad=self.T.requires_grad)
         self.core = core.train(self.training)
-        self.T = None  # type: ignore[assignment]
+        self.T, self.stacked = None, True  # type: ignore[assignment]
         if self.joint is not None:
             self.joint.part_()
 
@@ -196,7 +191,7 @@ class PHMLinear(nn.Module):
         n, t = self.algebra.n, self.algebra.size
         k_block, d_block = self.out_features // n, self.in_features // n
         if self.algebra.form == "products":
-            return self.core.weight.view(t, k_block, d_block) if self.stacked else self.T
+            return products_of(self.core, t, self.P.dtype) if self.stacked else self.T
         if self.mixes_in:
             return self.core.weight.view(k_block, t, d_block).transpose(0, 1)
         return self.core.weight.view(t, k_block, d_block)
@@ -205,11 +200,14 @@ class PHMLinear(nn.Module):
     def weight(self) -> Tensor:
         """Ŵ (out_features, in_features), materialised at every access: for inspection, merging and `.weight.dtype`."""
         mixing = self.P[:, :, None] * self.Q[:, None, :] if self.algebra.form == "products" else self.A
-        weight = kron_sum(mixing, self.components.to(mixing.dtype))  # few bits may have float32 scales
+        weight = kron_sum(mixing, self.components)
         return weight if self.companion is None else weight + self.companion.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.joint.output(self, x) if self.joint is not None else None
+        if y is None and self.stacked:
+            blocks = x.reshape(-1, self.algebra.n, self.in_features // self.algebra.n)
+            y = by_core(blocks, self.P, self.Q, self.core, self.kept_mixing)
         if y is None:
             tokens = x.reshape(-1, self.in_features)
             y = self.run(tokens, self._execution(tokens))
@@ -253,9 +251,8 @@ class PHMLinear(nn.Module):
         n, t = self.algebra.n, self.algebra.size
         x = tokens.view(tokens.shape[0], n, self.in_features // n)
         if self.algebra.form == "products":
-            if self.stacked:
-                return run_stacked(x, self.P, self.Q, self.core, how.mixing, self.kept_mixing)
-            return batched(x, self.P, self.Q, self.T, how.mixing)
+            products = products_of(self.core, t, x.dtype) if self.stacked else self.T
+            return batched(x, self.P, self.Q, products, how.mixing)
         if how.form == "products" and self.fixed_factors is not None:
             return separate(x, self.fixed_factors, self._product_weights(self.fixed_factors))
         core = partial(sliced, weight=self.core.weight) if how.form == "slices" else self.core

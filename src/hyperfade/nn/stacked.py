@@ -8,7 +8,7 @@ runs as the batched product that it was.
 import torch
 from torch import Tensor, nn
 
-from hyperfade.nn.forms import Mixing, batched, in_one_call, part_by_part
+from hyperfade.nn.forms import in_one_call, part_by_part
 from hyperfade.nn.low_bit import LowBitLinear
 
 
@@ -34,17 +34,24 @@ def state_of(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
 
 
-def run_stacked(x: Tensor, p: Tensor, q: Tensor, core: nn.Module, mixing: Mixing, kept: KeptMixing) -> Tensor:
-    """x (M, n, d/n), P and Q (R, n), core d/n → R·k/n: y (M, k)."""
-    if not isinstance(core, nn.Linear | LowBitLinear):  # an adapter around one
+def by_core(x: Tensor, p: Tensor, q: Tensor, core: nn.Module, kept: KeptMixing) -> Tensor | None:
+    """x (M, n, d/n), P and Q (R, n), core d/n → R·k/n: y (M, k); None where the batched product is the faster way."""
+    if type(core) is nn.Linear:
+        return None
+    if not isinstance(core, LowBitLinear):  # an adapter around one
         return in_one_call(x, kept.of(p, q), core)
-    if isinstance(core, LowBitLinear) and not torch.compiler.is_exporting():
-        if core.parts == 1 and core.in_kernel(x, x.shape[0] * x.shape[1]):
-            return in_one_call(x, kept.of(p, q), core)
-        if core.parts > 1 and core.in_kernel(x, x.shape[0]):
-            return part_by_part(x, p, q, core.by_kernel)
-    weight = core.rebuilt(x.dtype) if isinstance(core, LowBitLinear) else core.weight
-    return batched(x, p, q, weight.view(len(p), -1, x.shape[2]), mixing)
+    rows = len(x) if core.parts > 1 else x.shape[0] * x.shape[1]
+    if torch.compiler.is_exporting() or not core.in_kernel(x, rows):
+        return None
+    if core.parts > 1:
+        return part_by_part(x, p, q, core.by_kernel)
+    return in_one_call(x, kept.of(p, q), core.by_kernel)
+
+
+def products_of(core: nn.Module, count: int, dtype: torch.dtype) -> Tensor:
+    """T (count, k/n, d/n) out of a core that `by_core` leaves alone."""
+    weight = core.rebuilt(dtype) if isinstance(core, LowBitLinear) else core.weight
+    return weight.unflatten(0, (count, -1))  # type: ignore[operator]
 
 
 def _mixing(p: Tensor, q: Tensor) -> Tensor:
