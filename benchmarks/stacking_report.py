@@ -137,17 +137,19 @@ def with_stacking(readme: str, kept: Kept) -> str:
 
 
 def calls_section(kept: Kept) -> list[str]:
-    """How products run in few bits: by one call and by several, as speed-ups over the dense matrix in as few bits."""
+    """How long products in few bits take, in one call and in several, beside the dense matrix in as few bits."""
     rows = []
     for key, cell in kept["cells"].items():
         shape, n, to, tokens = key.split("|")
-        ways = [ratio(cell["speedup"][f"{calls} calls"]) for calls in (1, n)]
-        rows.append([shape.replace("x", " → "), n, to, tokens, *ways, "one" if cell["chosen"] == 1 else "each"])
+        ways = ("dense", "1 calls", f"{n} calls")
+        times = [f"{cell['microseconds'][way]:.0f}" for way in ways]
+        shown = [f"**{time}**" if way == cell["chosen"] else time for way, time in zip(ways, times, strict=True)]
+        rows.append([shape.replace("x", " → "), n, to, tokens, *shown])
     machine = kept["machine"]
     return [
         "### One kernel call for all products, or one for each",
-        "Speed-ups over the dense matrix in as few bits, medians and quartiles over alternating rounds "
-        "(`benchmarks/low_bit_forms.py`). "
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}.",
-        table(["matrix", "n", "bits", "tokens", "one call for all", "a call for each", "chosen"], rows),
+        "Microseconds, the least of 31 alternating timings (`benchmarks/low_bit_forms.py`); what is chosen is bold. "
+        "With more than 96 rows (int8: 16) both rebuild T for one batched product. "
+        f"{machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}, {machine['date']}.",
+        table(["matrix", "n", "bits", "tokens", "dense", "one call for all", "a call for each"], rows),
     ]
