@@ -32,7 +32,7 @@ def shown_loss(kept: Kept, name: str, method: str, to: str) -> str:
     value = lost(kept, name, method, to)
     if value is None or to == "bf16":
         return ""
-    return f"× {1 + value:.4f}" if name == "language" else f"{-value:+.2f} points"
+    return f"× {1 + value:.4f}" if name == "language" else f"{value:.2f} points"
 
 
 def speed_columns(kept: Kept, name: str, method: str, to: str) -> list[str]:
