@@ -101,36 +101,39 @@ class LowBitLinear(nn.Module):
         return self.rebuilt(self.scale.dtype if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.in_kernel(x, x.numel() // self.in_features):
+        if not self.in_kernel(x, x.numel() // self.in_features, self.parts):
             return F.linear(x, self.rebuilt(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features)
-        made = [self.by_kernel(rows, part) for part in range(self.parts)]
+        made = [self.by_kernel(rows, part, self.parts) for part in range(self.parts)]
         y = made[0] if len(made) == 1 else torch.cat(made, 1)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def in_kernel(self, x: Tensor, rows: int) -> bool:
-        """Whether torch has a kernel for inputs like x, and it is the faster way for so many rows of them."""
-        to = self.held.to
+    def in_kernel(self, x: Tensor, rows: int, parts: int = 1) -> bool:
+        """Whether torch has a kernel for inputs like x that runs so many parts of W's rows one by one, and it is the
+        faster way for so many rows of x."""
+        to, outputs = self.held.to, self.out_features // parts
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad:
             return False
         if not 0 < rows <= _MOST_KERNEL_ROWS.get(to, 0):
             return False
         if to == "int4":
-            return self.block is not None
-        outputs = self.out_features // self.parts
+            return self.block is not None and (parts == self.parts or (self.parts == 1 and outputs % self.block == 0))
         return not (self.held.group_size or self.in_features % _KERNEL_STEP or outputs % _KERNEL_STEP)
 
-    def by_kernel(self, rows: Tensor, part: int = 0) -> Tensor:
-        """rows (M, in_features) times a part of W's rows: (M, out_features / parts), where `in_kernel` says so."""
+    def by_kernel(self, rows: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+        """rows (M, in_features) times one of the parts of W's rows: (M, out_features / parts), where `in_kernel` says
+        so."""
         if self.held.to == "int8":
-            qdata, scale = (tensor.chunk(self.parts)[part] for tensor in (self.qdata, self.scale))
+            qdata, scale = (tensor.chunk(parts)[part] for tensor in (self.qdata, self.scale))
             return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), qdata, scale.flatten().to(rows.dtype))
-        missing = self.scale.shape[1] * self.held.group_size - self.in_features
+        if parts == self.parts:
+            qdata, scale = self.qdata[part], self.scale[part]
+        else:  # whole blocks out of the one layout; scales lie by groups, so theirs are copied
+            qdata, scale = self.qdata[0].chunk(parts)[part], self.scale[0].chunk(parts, 1)[part].contiguous()
+        missing = len(scale) * self.held.group_size - self.in_features
         rows = F.pad(rows, (0, missing)) if missing else rows.contiguous()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.qdata[part], self.held.group_size, self.scale[part]
-        )
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, qdata, self.held.group_size, scale)
 
     def rebuilt(self, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) in `dtype`."""

@@ -5,11 +5,15 @@ where matrices are large (`execution.kernel_calls`). With many tokens, and where
 runs as the batched product that it was.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from hyperfade.nn.forms import in_one_call, part_by_part
 from hyperfade.nn.low_bit import LowBitLinear
+
+_ONE_CALL_TOKENS = 2  # with more, a call for each product is faster wherever the layout allows it
 
 
 class KeptMixing:
@@ -40,12 +44,14 @@ def by_core(x: Tensor, p: Tensor, q: Tensor, core: nn.Module, kept: KeptMixing) 
         return None
     if not isinstance(core, LowBitLinear):  # an adapter around one
         return in_one_call(x, kept.of(p, q), core)
-    rows = len(x) if core.parts > 1 else x.shape[0] * x.shape[1]
-    if torch.compiler.is_exporting() or not core.in_kernel(x, rows):
+    if torch.compiler.is_exporting():
         return None
-    if core.parts > 1:
-        return part_by_part(x, p, q, core.by_kernel)
-    return in_one_call(x, kept.of(p, q), core.by_kernel)
+    count, tokens = len(p), x.shape[0]
+    if (core.parts > 1 or tokens > _ONE_CALL_TOKENS) and core.in_kernel(x, tokens, count):
+        return part_by_part(x, p, q, partial(core.by_kernel, parts=count))
+    if core.parts == 1 and core.in_kernel(x, tokens * x.shape[1]):
+        return in_one_call(x, kept.of(p, q), core.by_kernel)
+    return None
 
 
 def products_of(core: nn.Module, count: int, dtype: torch.dtype) -> Tensor:
