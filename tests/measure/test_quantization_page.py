@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +10,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import quantization
 import quantization_report
+import stacking_report
 from rounding import kurtosis, largest, nearest
+from stacking_report import targets
 from torch import nn
-
-from hyperfade.workspace import read_json
 
 
 def test_the_page_is_what_the_kept_results_give() -> None:
-    kept = read_json(quantization.RESULTS)
-    assert quantization_report.page(kept) == quantization_report.PAGE.read_text(encoding="utf-8")
+    kept = quantization_report.kept_results()
+    assert quantization_report.page(*kept) == quantization_report.PAGE.read_text(encoding="utf-8")
+    readme = quantization_report.README.read_text(encoding="utf-8")
+    assert stacking_report.with_stacking(readme, kept[1]) == readme
+
+
+def test_targets_are_judged_by_what_was_measured() -> None:
+    def cells(dense: float, products: float) -> dict[str, Any]:
+        found = {"dense|bf16": 0.99, "dense|int4": dense, "products n=4|bf16": 0.98, "products n=4|int4": products}
+        return {"cells": {f"embedded|{key}": {"exact_match": value, "ffn_bytes": 1} for key, value in found.items()}}
+
+    assert "costs +0.40 points more than it costs dense (target 0.5): **reached**" in targets(cells(0.985, 0.971))
+    assert "costs +0.60 points more than it costs dense (target 0.5): **missed**" in targets(cells(0.985, 0.969))
+    assert "100.0% of the bytes" in targets(cells(0.985, 0.969))
+    assert targets({"cells": {}}) == "Not measured yet."
 
 
 def test_rounding_to_two_bits_by_hand() -> None:

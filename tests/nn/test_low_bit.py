@@ -43,16 +43,16 @@ def test_two_to_a_byte_is_undone(rows: int, width: int) -> None:
 
 @pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 144, 192])
 def test_the_kernels_layout_is_undone(rows: int) -> None:
-    numbers = _numbers(rows, 96)
+    numbers = _numbers(3 * rows, 96).view(3, rows, 96)
     found = for_the_kernel(numbers)
     assert found is not None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
     if found is not None:
-        assert torch.equal(from_the_kernel(found[0], rows, found[1]).T, numbers)
+        assert torch.equal(from_the_kernel(*found).transpose(1, 2), numbers)
 
 
 def test_shapes_that_the_kernel_does_not_take() -> None:
-    assert for_the_kernel(_numbers(24, 64)) is None
-    assert for_the_kernel(_numbers(32, 40)) is None
+    assert for_the_kernel(_numbers(24, 64)[None]) is None
+    assert for_the_kernel(_numbers(32, 40)[None]) is None
 
 
 FITS = [
@@ -91,7 +91,8 @@ def test_a_group_divides_the_width_or_saves_bits(to: Any, width: int, wanted: in
 
 @pytest.mark.parametrize("held", [LowBit("int8"), LowBit("int8", 32), LowBit("int4", 32), LowBit("int4", 64)])
 @pytest.mark.parametrize("tokens", [1, 7, 96, 130])
-def test_every_way_gives_the_same(held: LowBit, tokens: int) -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_way_gives_the_same(held: LowBit, tokens: int, parts: int) -> None:
     """In bfloat16 few tokens take torch's kernels, many rebuild W; the oracle is the formula in float64."""
     width = 171 if held.group_size == 64 else 192  # 171: odd, and the last group is shorter
     layer = _filled(held, width, 144, torch.bfloat16)
@@ -102,6 +103,7 @@ def test_every_way_gives_the_same(held: LowBit, tokens: int) -> None:
     x = torch.randn(2, tokens, width, generator=torch.Generator().manual_seed(1)).bfloat16()[:1]
     assert layer.bias is not None
     wanted = x.double() @ weight.T + layer.bias.double()
+    layer.parts = parts
     layer.pack_()
     got = layer(x)
     assert got.dtype == torch.bfloat16
@@ -110,8 +112,10 @@ def test_every_way_gives_the_same(held: LowBit, tokens: int) -> None:
     assert torch.allclose(layer.rebuilt(torch.float32).double(), weight, rtol=5e-3, atol=1e-3)
 
 
-def test_packing_shows_neither_in_the_state_dict_nor_after_a_change_of_dtype() -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_packing_shows_neither_in_the_state_dict_nor_after_a_change_of_dtype(parts: int) -> None:
     layer = _filled(LowBit("int4", 32), 192, 144, torch.bfloat16)
+    layer.parts = parts
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.pack_()
     assert layer.block is not None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")

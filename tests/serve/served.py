@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hyperfade.compose.quantize import quantize_
 from hyperfade.distill import fit_
-from hyperfade.hub import fold_, load, load_processor, save
-from hyperfade.nn import light_modules
+from hyperfade.hub import fold_, load, load_processor, mark_, save
+from hyperfade.nn import Format, light_modules
 from hyperfade.recipe import Fit, Layer, Replace, Rule
 from hyperfade.surgery import plan, swap_
 
@@ -22,10 +23,10 @@ FORMS = (
 """One for each layer of the text model."""
 
 
-def text_model(folder: Path, lone_gate: bool = True) -> Path:
+def text_model(folder: Path, lone_gate: bool = True, to: Format | None = None) -> Path:
     """A small Llama with biases, random weights and a form per layer, saved to `folder`.
 
-    lone_gate: with one more layer, of which only the gate is replaced.
+    lone_gate: with one more layer, of which only the gate is replaced. to: what all of its linears are rounded to.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,6 +52,9 @@ def text_model(folder: Path, lone_gate: bool = True) -> Path:
     for layer in light_modules(model).values():
         for name, parameter in layer.named_parameters():
             parameter.data.normal_(std=0.5 if name in ("P", "Q", "A") else 0.2)
+    if to is not None:
+        quantize_(model, to, rest=True)
+        mark_(model)
     save(model, folder)
     return folder
 

@@ -90,6 +90,14 @@ def test_greedy_tokens_of_every_form_of_layer_are_those_of_transformers(text_fol
     assert_equal(served(text_folder, prompts, 24, tmp_path, skip_tokenizer_init=True), expected_of_text(text_folder))
 
 
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_greedy_tokens_of_few_bits_are_those_of_transformers(to: Any, tmp_path: Path) -> None:
+    """Every form of layer, with attention in few bits as well."""
+    folder = text_model(tmp_path / "model", to=to)
+    prompts = [{"prompt_token_ids": ids} for ids in TOKENS]
+    assert_equal(served(folder, prompts, 24, tmp_path, skip_tokenizer_init=True), expected_of_text(folder))
+
+
 def test_two_processes_that_share_every_layer_give_the_same_tokens(tmp_path: Path) -> None:
     folder = text_model(tmp_path / "model", lone_gate=False)
     prompts = [{"prompt_token_ids": ids} for ids in TOKENS]

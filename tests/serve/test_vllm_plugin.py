@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 
 from hyperfade.algebra import Algebra
+from hyperfade.compose.quantize import quantize_
 from hyperfade.errors import CheckpointError, ServingError
-from hyperfade.nn import LightSpec
+from hyperfade.nn import LightSpec, LowBit
 from hyperfade.serve.plugin import EngineConfig
 
 FC1, FC2 = "model.layers.0.mlp.fc1", "model.layers.0.mlp.fc2"
@@ -63,10 +64,42 @@ def test_a_linear_that_the_checkpoint_did_not_replace_stays_dense() -> None:
     assert type(config.get_quant_method(column(config), "model.layers.1.mlp.fc1")) is UnquantizedLinearMethod
 
 
-def test_checkpoints_with_a_second_quantizer_are_refused() -> None:
-    config = {"quant_method": "hyperfade", "version": 1, "layers": {}, "inner": {"quant_method": "torchao"}}
-    with pytest.raises(ServingError, match=r"quantized after compression.*torchao.*\n.*transformers"):
-        EngineConfig.from_config(config)
+def rounded(to: Any) -> tuple[EngineConfig, Any, dict[str, Tensor]]:
+    """The config of a checkpoint with fc1 in few bits, the layer, and what the checkpoint holds for it."""
+    holder = nn.Module()
+    holder.fc1 = stored(SPECS[FC1])[0]
+    low_bits = quantize_(holder, to, 0 if to == "int8" else 32).low_bits
+    assert list(low_bits) == ["fc1.core"]
+    specs = {FC1: LightSpec.of(holder.fc1)}
+    config = EngineConfig(specs, {f"{FC1}.core": low_bits["fc1.core"]})
+    return config, holder.fc1, {**holder.fc1.state_dict(), "weight": torch.empty(0)}
+
+
+@torch.inference_mode()
+def test_few_bits_inside_a_layer_are_those_of_the_checkpoint() -> None:
+    config, layer, tensors = rounded("int8")
+    linear = column(config)
+    fill(linear, tensors)
+    x = torch.randn(5, 16)
+    assert torch.equal(linear(x)[0], layer(x))
+    core = linear.light["fc1"].core
+    assert (core.qdata.dtype, core.scale.dtype) == (torch.int8, torch.float32)
+
+
+@torch.inference_mode()
+def test_a_dense_matrix_in_few_bits_is_served_as_well() -> None:
+    holder = nn.ModuleDict({"fc1": nn.Linear(16, 24)})
+    low_bits = quantize_(holder, "int8", rest=True).low_bits
+    config = EngineConfig({}, {FC1: low_bits["fc1"]})
+    linear = column(config)
+    fill(linear, {**holder["fc1"].state_dict(), "weight": torch.empty(0)})
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(linear(x)[0], holder["fc1"](x))
+
+
+def test_few_bits_are_not_cut() -> None:
+    with pytest.raises(ServingError, match=r"mlp\.fc1 is in int8, and matrices in few bits are not cut"):
+        column(EngineConfig(SPECS, {f"{FC1}.core": LowBit("int8")}), ranks=2)
 
 
 def test_a_newer_format_is_refused() -> None:

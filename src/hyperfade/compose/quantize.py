@@ -3,8 +3,9 @@
     report = quantize_(model, "int4")          # the FFNs
     report = quantize_(model, "int8", rest=True)
 
-Only rounding happens here, matrix by matrix: no calibration, no training. Products-form layers are split first, so that
-every T_r is a linear of its own. The mixes (A, P, Q), biases, norms, embeddings and the output head keep their dtype.
+Only rounding happens here, matrix by matrix: no calibration, no training. The products T_r of a layer are
+stacked first: one linear holds them all. The mixes (A, P, Q), biases, norms, embeddings and the output head keep their
+dtype.
 """
 
 import importlib
@@ -27,6 +28,7 @@ from hyperfade.nn import (
     fitting_group,
     light_modules,
     low_bit_modules,
+    pack_,
 )
 from hyperfade.nn.int4 import two_to_a_byte
 from hyperfade.nn.low_bit import SMALLEST_GROUP
@@ -99,19 +101,17 @@ def quantize_(
         raise NothingMatchedError(
             f"{type(model).__name__} has no matrix that {to} in {_groups(wanted)} fits.", "Give another group size."
         )
-    before = 0
+    before, lights = 0, light_modules(model)
     for name in low_bits:
-        layer, _, part = name.rpartition(".cores.")
-        if part and isinstance(phm := model.get_submodule(layer), PHMLinear):
-            phm.split_()
+        if isinstance(phm := lights.get(name.removesuffix(".core")), PHMLinear):
+            phm.stack_()
     for name, held in low_bits.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         before += linear.weight.nbytes
         model.set_submodule(name, _rounded(linear, held, library, scale_dtype or linear.weight.dtype))
     after = sum(tensor.nbytes for layer in low_bit_modules(model).values() for tensor in layer.buffers())
-    for layer in low_bit_modules(model).values():
-        layer.pack_()
+    pack_(model)
     return Quantized(to, wanted, low_bits, left, before, after)
 
 
@@ -133,13 +133,12 @@ def check_format(to: Format, group_size: int | None = None) -> tuple[int, Any]:
 
 
 def _targets(model: nn.Module, rest: bool) -> dict[str, int]:
-    """Names of the linears to round with their input widths; products by the names they have once they are split."""
+    """Names of the linears to round with their input widths; products by the name they have once they are stacked."""
     found: dict[str, int] = {}
     lights = light_modules(model)
     for name, light in lights.items():
-        if isinstance(light, PHMLinear) and light.cores is None and light.algebra.form == "products":
-            width = light.in_features // light.algebra.n
-            found |= {f"{name}.cores.{r}": width for r in range(light.algebra.size)}
+        if isinstance(light, PHMLinear) and light.algebra.form == "products" and not light.stacked:
+            found[f"{name}.core"] = light.in_features // light.algebra.n
         found |= {f"{name}.{part}": m.in_features for part, m in light.named_modules() if type(m) is nn.Linear}
     dense = [name for ffn in find_ffns(model, with_light=True) if ffn.region != "projector" for name in ffn.linears]
     if rest:

@@ -37,7 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hyperfade.errors import CheckpointError
 from hyperfade.hub.integrity import AGAIN, verify_safetensors
-from hyperfade.nn import Format, LightSpec, LowBit, LowBitLinear, bitsandbytes, low_bit_modules
+from hyperfade.nn import Format, LightSpec, LowBit, LowBitLinear, bitsandbytes, pack_
 from hyperfade.surgery import install_, join_readers_, tensor_names
 
 METHOD = "hyperfade"
@@ -166,8 +166,7 @@ class HyperfadeQuantizer(HfQuantizer):
                     raise CheckpointError(f"The checkpoint holds no weights for {name}.{part}.", AGAIN)
         align_(model)
         join_readers_(model)
-        for layer in low_bit_modules(model).values():
-            layer.pack_()
+        pack_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:

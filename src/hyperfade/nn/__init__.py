@@ -7,7 +7,7 @@ from hyperfade.nn.low_bit import Format, LowBit, LowBitLinear, bitsandbytes, fit
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.mixture import ArrangedExperts, RoutedExperts
 from hyperfade.nn.narrow import NarrowLinear
-from hyperfade.nn.phm import PHMLinear, keep_derived_
+from hyperfade.nn.phm import PHMLinear, keep_derived_, pack_
 from hyperfade.nn.spec import Light, LightSpec, light_modules
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "keep_derived_",
     "light_modules",
     "low_bit_modules",
+    "pack_",
 ]

@@ -19,6 +19,7 @@ from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
 
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEW_ROWS = 32  # up to which a product waits for its weights
+_ONE_CALL_WEIGHTS = 2_000_000
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
@@ -89,6 +90,16 @@ def execution(
         return best
     chunk = max(_FEWEST_TOKENS, price.cache_bytes // ((in_features + out_features) * dtype.itemsize) // 64 * 64)
     return best if tokens < 1.5 * chunk else replace(best, chunk=chunk)
+
+
+def kernel_calls(algebra: Algebra, in_features: int, out_features: int) -> int:
+    """In how many calls a kernel for few bits runs the products of a layer: 1, or one for each.
+
+    One call spares the fixed price of the others, but runs n rows for every token through all products, where the other
+    way runs one. What that costs grows with (n − 1) times the weights (`benchmarks/low_bit_forms.py`).
+    """
+    weights = algebra.size * (in_features // algebra.n) * (out_features // algebra.n)
+    return 1 if (algebra.n - 1) * weights <= _ONE_CALL_WEIGHTS else algebra.size
 
 
 def candidates(algebra: Algebra) -> tuple[Execution, ...]:

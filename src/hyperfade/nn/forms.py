@@ -3,7 +3,7 @@
     mix in     u[a,i] = Σ_b A[i,a,b] x[b]     y[a] = core(u[a])                    one product of n·M rows
     mix out    z[b,i] = core(x[b])            y[a] = Σ_ib A[i,a,b] z[b,i]          one product of n·M rows
     batched    u[r] = Σ_b Q[r,b] x[b]         z[r] = T_r u[r]    y[a] = Σ_r P[r,a] z[r]     R products in one call
-    one by one the same, product by product, where quantizers put modules of their own in the place of T_r
+    in few bits  the same with all T_r stacked in one core: in one call, or part by part (`nn/low_bit.py`)
     separate   product by product as well, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
 
 A core may also run in slices of its outputs, as one batched product: what has few rows is slow in some libraries.
@@ -18,7 +18,7 @@ are sums over M tiny ones.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -107,12 +107,19 @@ def separate(x: Tensor, factors: FixedFactors, weights: Sequence[Tensor]) -> Ten
     return torch.cat(combined([F.linear(u, t) for u, t in products], factors.p), 1)
 
 
-def one_by_one(x: Tensor, p: Tensor, q: Tensor, cores: Iterable[Callable[[Tensor], Tensor]], mixing: Mixing) -> Tensor:
-    """What `batched` gives, with each product a module of its own: x (M, n, d/n), R cores d/n → k/n: y (M, k)."""
-    mix = mixed_by_sums if mixing == "sums" else mixed
-    inputs = mix(x, q).unbind(1)
-    z = torch.stack([core(u) for core, u in zip(cores, inputs, strict=True)], 1)
-    return mix(z, p.T).flatten(1)
+def in_one_call(x: Tensor, mixing: Tensor, core: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `batched` gives, with every T_r in a core d/n → R·k/n that each block runs through: mix out, A = P ⊗ Q.
+
+    x (M, n, d/n), mixing (n, n·R) in float32: y (M, k).
+    """
+    z = core(x.flatten(0, 1))
+    return mixed_in_float32(z.view(x.shape[0], mixing.shape[1], -1), mixing).flatten(1)
+
+
+def part_by_part(x: Tensor, p: Tensor, q: Tensor, core: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What `batched` gives, with T_r as part r of a core that is called as core(u[r], r): x (M, n, d/n): y (M, k)."""
+    z = [core(u, part) for part, u in enumerate(mixed_in_float32(x, q).unbind(1))]
+    return mixed_in_float32(torch.stack(z, 1), p.T).flatten(1)
 
 
 def mixed(x: Tensor, weights: Tensor) -> Tensor:
@@ -121,6 +128,11 @@ def mixed(x: Tensor, weights: Tensor) -> Tensor:
         return torch.mm(weights, x[0])[None]
     # not torch.matmul: where weights can have gradients it copies x to fold it, ten times the price of the mix
     return torch.bmm(weights.expand(x.shape[0], *weights.shape), x)
+
+
+def mixed_in_float32(x: Tensor, weights: Tensor) -> Tensor:
+    """What `mixed` gives, in x's dtype. In bfloat16 a CPU takes four to ten times as long for products of this size."""
+    return mixed(x.float(), weights.float()).to(x.dtype)
 
 
 def mixed_by_sums(x: Tensor, weights: Tensor) -> Tensor:

@@ -29,26 +29,28 @@ def one_to_a_byte(data: Tensor, width: int) -> Tensor:
 
 
 def for_the_kernel(numbers: Tensor) -> tuple[Tensor, int] | None:
-    """(k, d) integers 0 to 15 in memory as this processor's kernel reads them, and the rows in a block; None where the
-    kernel does not take this shape, or lays it out in a way that is not known here."""
-    rows, width = numbers.shape
+    """(parts, k, d) integers 0 to 15, each part in memory as this processor's kernel reads it, and the rows in a block;
+    None where the kernel does not take this shape, or lays it out in a way that is not known here."""
+    _, rows, width = numbers.shape
     if numbers.device.type != "cpu" or rows % _ROWS or width % GROUPS[-1]:
         return None
-    data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int().contiguous(), 1)
+    data = torch.stack(
+        [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int().contiguous(), 1) for part in numbers]
+    )
     for block in _BLOCKS:
-        if torch.equal(from_the_kernel(data, rows, block).T, numbers):
+        if torch.equal(from_the_kernel(data, block).transpose(1, 2), numbers):
             return data, block
     return None
 
 
-def from_the_kernel(data: Tensor, rows: int, block: int) -> Tensor:
-    """The numbers that the kernel reads, transposed: (d, k) bytes."""
-    width = 2 * data.numel() // rows
+def from_the_kernel(data: Tensor, block: int) -> Tensor:
+    """The numbers that the kernel reads out of (parts, k, d/2) bytes, transposed: (parts, d, k) bytes."""
+    rows, width = data.shape[1], 2 * data.shape[2]
     whole = rows // block
-    parts, rest = data.flatten().split([width * whole * block // 2, width * (rows % block) // 2])
-    blocks = parts.view(whole, width, block // 2)
-    columns = [torch.cat([blocks & 15, blocks >> 4], 2).transpose(0, 1).reshape(width, whole * block)]
+    parts, rest = data.flatten(1).split([width * whole * block // 2, width * (rows % block) // 2], 1)
+    blocks = parts.unflatten(1, (whole, width, block // 2))
+    columns = [torch.cat([blocks & 15, blocks >> 4], 3).transpose(1, 2).flatten(2)]
     if rest.numel():  # rows that fill no block lie in pairs
-        pairs = rest.view(width, -1)
-        columns.append(torch.stack([pairs & 15, pairs >> 4], 2).flatten(1))
-    return torch.cat(columns, 1)
+        pairs = rest.unflatten(1, (width, -1))
+        columns.append(torch.stack([pairs & 15, pairs >> 4], 3).flatten(2))
+    return torch.cat(columns, 2)

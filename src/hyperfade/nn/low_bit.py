@@ -28,7 +28,7 @@ from hyperfade.nn.int4 import GROUPS, for_the_kernel, from_the_kernel, one_to_a_
 
 Format = Literal["int8", "int4", "nf4", "fp8"]
 SMALLEST_GROUP = 32  # below, the scales weigh more than the bits they save
-_MOST_KERNEL_TOKENS = {"int8": 16, "int4": 96}  # with more, rebuilding W once is faster
+_MOST_KERNEL_ROWS = {"int8": 16, "int4": 96}  # with more, rebuilding W once is faster
 _KERNEL_STEP = 16  # int8 widths that are no multiples of it make torch's kernel read beyond the end
 
 
@@ -93,6 +93,7 @@ class LowBitLinear(nn.Module):
         self.register_buffer("zero_point", zero)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.block: int | None = None  # rows in a block, where qdata and scale are as the CPU kernel reads them
+        self.parts = 1  # calls that the rows of W are packed for: products of a layer may have one each
 
     @property
     def weight(self) -> Tensor:
@@ -100,30 +101,39 @@ class LowBitLinear(nn.Module):
         return self.rebuilt(self.scale.dtype if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._kernel(x)
-        if y is None:
+        if not self.in_kernel(x, x.numel() // self.in_features, self.parts):
             return F.linear(x, self.rebuilt(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        rows = x.reshape(-1, self.in_features)
+        made = [self.by_kernel(rows, part, self.parts) for part in range(self.parts)]
+        y = made[0] if len(made) == 1 else torch.cat(made, 1)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _kernel(self, x: Tensor) -> Tensor | None:
-        """x (..., in_features) times W as (tokens, out_features), in torch's kernel where it is the faster way."""
-        to = self.held.to
+    def in_kernel(self, x: Tensor, rows: int, parts: int = 1) -> bool:
+        """Whether torch has a kernel for inputs like x that runs so many parts of W's rows one by one, and it is the
+        faster way for so many rows of x."""
+        to, outputs = self.held.to, self.out_features // parts
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad:
-            return None
-        tokens = x.numel() // self.in_features
-        if not 0 < tokens <= _MOST_KERNEL_TOKENS.get(to, 0):
-            return None
-        rows = x.reshape(tokens, self.in_features).contiguous()
-        if to == "int8":
-            if self.held.group_size or self.in_features % _KERNEL_STEP or self.out_features % _KERNEL_STEP:
-                return None
-            return torch.ops.aten._weight_int8pack_mm(rows, self.qdata, self.scale.flatten().to(x.dtype))
-        if self.block is None:
-            return None
-        missing = len(self.scale) * self.held.group_size - self.in_features
-        rows = F.pad(rows, (0, missing)) if missing else rows
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.qdata, self.held.group_size, self.scale)
+            return False
+        if not 0 < rows <= _MOST_KERNEL_ROWS.get(to, 0):
+            return False
+        if to == "int4":
+            return self.block is not None and (parts == self.parts or (self.parts == 1 and outputs % self.block == 0))
+        return not (self.held.group_size or self.in_features % _KERNEL_STEP or outputs % _KERNEL_STEP)
+
+    def by_kernel(self, rows: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+        """rows (M, in_features) times one of the parts of W's rows: (M, out_features / parts), where `in_kernel` says
+        so."""
+        if self.held.to == "int8":
+            qdata, scale = (tensor.chunk(parts)[part] for tensor in (self.qdata, self.scale))
+            return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), qdata, scale.flatten().to(rows.dtype))
+        if parts == self.parts:
+            qdata, scale = self.qdata[part], self.scale[part]
+        else:  # whole blocks out of the one layout; scales lie by groups, so theirs are copied
+            qdata, scale = self.qdata[0].chunk(parts)[part], self.scale[0].chunk(parts, 1)[part].contiguous()
+        missing = len(scale) * self.held.group_size - self.in_features
+        rows = F.pad(rows, (0, missing)) if missing else rows.contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, qdata, self.held.group_size, scale)
 
     def rebuilt(self, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) in `dtype`."""
@@ -140,10 +150,11 @@ class LowBitLinear(nn.Module):
             )
             return functional.dequantize_4bit(self.qdata.view(-1, 1), state)
         if self.block is not None:
-            numbers = from_the_kernel(self.qdata, self.out_features, self.block)
-            scale, zero = self.scale.to(dtype).unsqueeze(1).unbind(3)  # (groups, 1, k)
-            grouped = numbers.view(len(self.scale), -1, self.out_features).to(dtype)
-            return grouped.sub_(8).mul_(scale).add_(zero).flatten(0, 1)[: self.in_features].T
+            numbers = from_the_kernel(self.qdata, self.block)  # (parts, d, k / parts)
+            scale, zero = self.scale.to(dtype).unsqueeze(2).unbind(4)  # (parts, groups, 1, k / parts)
+            grouped = numbers.unflatten(1, (scale.shape[1], -1)).to(dtype)
+            exact = grouped.sub_(8).mul_(scale).add_(zero).flatten(1, 2)[:, : self.in_features]
+            return exact.transpose(1, 2).reshape(self.out_features, self.in_features)
         numbers = self.qdata if self.held.to != "int4" else one_to_a_byte(self.qdata, self.in_features)
         grouped = _whole_groups(numbers, self.held.group_size).unflatten(1, (self.scale.shape[1], -1)).to(dtype)
         if self.zero_point is not None:
@@ -157,14 +168,15 @@ class LowBitLinear(nn.Module):
         if self.block is not None or not usable or self.qdata.device.type != "cpu":
             return
         assert self.zero_point is not None
-        numbers = one_to_a_byte(self.qdata, self.in_features)
-        found = for_the_kernel(_whole_groups(numbers, self.held.group_size))
+        numbers = _whole_groups(one_to_a_byte(self.qdata, self.in_features), self.held.group_size)
+        found = for_the_kernel(numbers.unflatten(0, (self.parts, -1)))
         if found is None:
             return
         zero = (8 - self.zero_point) * self.scale
         if torch.equal(_zero_point(self.scale, zero), self.zero_point):  # a scale may be too small to divide by
             self.qdata, self.block = found
-            self.scale, self.zero_point = torch.stack([self.scale.T, zero.T], 2).contiguous(), None
+            both = torch.stack([self.scale, zero], 2).unflatten(0, (self.parts, -1))
+            self.scale, self.zero_point = both.transpose(1, 2).contiguous(), None
 
     @torch.no_grad()
     def unpack_(self) -> None:
@@ -175,8 +187,9 @@ class LowBitLinear(nn.Module):
 
     def _plain(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.block is not None
-        numbers = from_the_kernel(self.qdata, self.out_features, self.block).T[:, : self.in_features]
-        scale, zero = (part.T.contiguous() for part in self.scale.unbind(2))
+        numbers = from_the_kernel(self.qdata, self.block).transpose(1, 2).flatten(0, 1)[:, : self.in_features]
+        scale, zero = self.scale.transpose(1, 2).flatten(0, 1).unbind(2)
+        scale, zero = scale.contiguous(), zero.contiguous()
         return two_to_a_byte(numbers), scale, _zero_point(scale, zero)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

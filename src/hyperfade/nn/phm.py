@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
-from hyperfade.nn.execution import Execution, execution, processor
+from hyperfade.nn.execution import Execution, execution, kernel_calls, processor
 from hyperfade.nn.forms import (
     FixedFactors,
     batched,
@@ -35,11 +35,12 @@ from hyperfade.nn.forms import (
     fixed_rows,
     mix_in,
     mix_out,
-    one_by_one,
     separate,
     sliced,
 )
+from hyperfade.nn.low_bit import LowBitLinear, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
+from hyperfade.nn.stacked import KeptMixing, by_core, products_of, state_of
 
 _COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
 
@@ -72,7 +73,8 @@ class PHMLinear(nn.Module):
     """
 
     replaced: tuple[int, int] | None = None  # (in, out) of the dense matrix, where this layer is narrower
-    T: nn.Parameter  # None once the products are split
+    T: nn.Parameter  # None once the products are stacked in a core
+    core: nn.Linear  # or what a quantizer or an adapter put in its place
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class PHMLinear(nn.Module):
         self.mixes_in = in_features <= out_features
         self.joint: Joint | None = None
         self.derived: Derived | None = None
-        self.cores: nn.ModuleList | None = None
+        self.stacked, self.kept_mixing = False, KeptMixing()
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
@@ -171,32 +173,25 @@ class PHMLinear(nn.Module):
             assert fit.companion is not None
             self.companion.load_fit_(fit.companion)
 
-    def split_(self) -> None:
-        """Hold the products T_r as R `nn.Linear` instead of one tensor, as quantizers and adapters want them.
-
-        The layer computes the same, in R calls for one: do it only where something else takes their place.
-        """
-        if self.algebra.form != "products" or self.cores is not None:
+    def stack_(self) -> None:
+        """Hold the products T_r under one another in one `nn.Linear`, d/n → R·k/n, as quantizers and adapters want."""
+        if self.algebra.form != "products" or self.stacked:
             return
-        t = self.T
-        self.cores = nn.ModuleList()
-        for part in t.detach():
-            core = nn.Linear(part.shape[1], part.shape[0], bias=False, device="meta")
-            core.weight = nn.Parameter(part.clone(), requires_grad=t.requires_grad)
-            self.cores.append(core.train(self.training))
-        self.T = None  # type: ignore[assignment]
+        weight = self.T.detach().flatten(0, 1)
+        core = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        core.weight = nn.Parameter(weight, requires_grad=self.T.requires_grad)
+        self.core = core.train(self.training)
+        self.T, self.stacked = None, True  # type: ignore[assignment]
         if self.joint is not None:
             self.joint.part_()
 
     @property
     def components(self) -> Tensor:
         """T (R, k/n, d/n), or S (t, k/n, d/n) out of the core; gradients flow through it."""
-        if self.cores is not None:
-            return torch.stack([core.weight for core in self.cores])  # type: ignore[misc]
-        if self.algebra.form == "products":
-            return self.T
         n, t = self.algebra.n, self.algebra.size
         k_block, d_block = self.out_features // n, self.in_features // n
+        if self.algebra.form == "products":
+            return products_of(self.core, t, self.P.dtype) if self.stacked else self.T
         if self.mixes_in:
             return self.core.weight.view(k_block, t, d_block).transpose(0, 1)
         return self.core.weight.view(t, k_block, d_block)
@@ -210,6 +205,9 @@ class PHMLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.joint.output(self, x) if self.joint is not None else None
+        if y is None and self.stacked:
+            blocks = x.reshape(-1, self.algebra.n, self.in_features // self.algebra.n)
+            y = by_core(blocks, self.P, self.Q, self.core, self.kept_mixing)
         if y is None:
             tokens = x.reshape(-1, self.in_features)
             y = self.run(tokens, self._execution(tokens))
@@ -253,9 +251,8 @@ class PHMLinear(nn.Module):
         n, t = self.algebra.n, self.algebra.size
         x = tokens.view(tokens.shape[0], n, self.in_features // n)
         if self.algebra.form == "products":
-            if self.cores is not None:
-                return one_by_one(x, self.P, self.Q, self.cores, how.mixing)
-            return batched(x, self.P, self.Q, self.T, how.mixing)
+            products = products_of(self.core, t, x.dtype) if self.stacked else self.T
+            return batched(x, self.P, self.Q, products, how.mixing)
         if how.form == "products" and self.fixed_factors is not None:
             return separate(x, self.fixed_factors, self._product_weights(self.fixed_factors))
         core = partial(sliced, weight=self.core.weight) if how.form == "slices" else self.core
@@ -268,8 +265,7 @@ class PHMLinear(nn.Module):
         """T_r = Σ_i U[r, i] S_i: made anew at every call, or kept where `keep_derived_` asked for it."""
         if self.derived is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return combined(self.components.unbind(0), factors.u)
-        weight = self.core.weight
-        made_of = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
+        made_of = state_of(self.core.weight)
         if self.derived.made_of != made_of:
             self.derived = Derived(made_of, combined(self.components.unbind(0), factors.u))
         return self.derived.weights
@@ -291,3 +287,13 @@ def keep_derived_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PHMLinear) and module.fixed_factors is not None:
             module.derived = Derived()
+
+
+def pack_(model: nn.Module) -> None:
+    """Lay few bits out as this processor's kernels read them best, product by product where matrices are large."""
+    for module in model.modules():
+        if isinstance(module, PHMLinear) and module.stacked and isinstance(module.core, LowBitLinear):
+            module.core.unpack_()
+            module.core.parts = kernel_calls(module.algebra, module.in_features, module.out_features)
+    for layer in low_bit_modules(model).values():
+        layer.pack_()

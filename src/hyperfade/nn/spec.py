@@ -23,9 +23,9 @@ class LightSpec:
 
     rank: of the low-rank layer, or of the hypercomplex layer's companion (0 for none). replaced: (in, out) of the dense
     matrix where the FFN keeps a part of its hidden units only, so that the layer is narrower than the matrix; None
-    where it is as wide. A narrower layer may also be dense: algebra None, rank 0. split: the products are modules of
-    their own, as quantizers need them. experts: how many matrices of this shape it stands for, each on the tokens of
-    its expert; None for a matrix by itself.
+    where it is as wide. A narrower layer may also be dense: algebra None, rank 0. stacked: the products lie under
+    one another in a core, as quantizers need them. experts: how many matrices of this shape it stands for, each on the
+    tokens of its expert; None for a matrix by itself.
     """
 
     in_features: int
@@ -34,7 +34,7 @@ class LightSpec:
     algebra: Algebra | None
     rank: int = 0
     replaced: tuple[int, int] | None = None
-    split: bool = False
+    stacked: bool = False
     experts: int | None = None
 
     @classmethod
@@ -48,7 +48,7 @@ class LightSpec:
             return cls(*widths, None, layer.rank, experts=layer.num_experts)
         if isinstance(layer, PHMLinear):
             rank = layer.companion.rank if layer.companion else 0
-            return cls(*widths, layer.algebra, rank, layer.replaced, layer.cores is not None)
+            return cls(*widths, layer.algebra, rank, layer.replaced, layer.stacked)
         return cls(*widths, None, layer.rank if isinstance(layer, LowRankLinear) else 0, layer.replaced)
 
     @property
@@ -75,8 +75,8 @@ class LightSpec:
             layer = LowRankLinear(self.in_features, self.out_features, self.rank, self.bias, **like)
         else:
             layer = PHMLinear(self.in_features, self.out_features, self.algebra, self.bias, self.rank, **like)
-            if self.split:
-                layer.split_()
+            if self.stacked:
+                layer.stack_()
         layer.replaced = self.replaced
         return layer
 
@@ -109,9 +109,9 @@ class LightSpec:
         return f"{a.name.replace('_', '-')} n={a.n} {'t' if a.form == 'terms' else 'R'}={a.size}{companion}{width}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `replaced`, `split` and `experts` only where they say something."""
+        """Plain JSON values; `replaced`, `stacked` and `experts` only where they say something."""
         fields = asdict(self)
-        replaced, rest = fields.pop("replaced"), {key: fields.pop(key) for key in ("split", "experts")}
+        replaced, rest = fields.pop("replaced"), {key: fields.pop(key) for key in ("stacked", "experts")}
         said = {} if replaced is None else {"replaced": list(replaced)}
         return fields | said | {key: value for key, value in rest.items() if value}
 
@@ -125,9 +125,9 @@ class LightSpec:
                 "replaced": None if replaced is None else tuple(replaced),
             }
             spec = cls(**{**fields, **values})
-            splits = spec.algebra is not None and spec.algebra.form == "products"
+            stacks = spec.algebra is not None and spec.algebra.form == "products"
             if not (_widths_fit(spec) and spec.rank >= 0 and isinstance(spec.bias, bool)) or (
-                spec.split is not (spec.split is True and splits)
+                spec.stacked is not (spec.stacked is True and stacks)
                 or not (spec.experts is None or _possible_experts(spec))
             ):
                 raise ValueError(f"impossible values in {spec}")
@@ -142,7 +142,7 @@ class LightSpec:
 
 def _possible_experts(spec: LightSpec) -> bool:
     """Whether experts are a number of layers that are as wide as their matrices and whole."""
-    return type(spec.experts) is int and spec.experts > 0 and spec.replaced is None and not spec.split
+    return type(spec.experts) is int and spec.experts > 0 and spec.replaced is None and not spec.stacked
 
 
 def _widths_fit(spec: LightSpec) -> bool:

@@ -29,8 +29,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from hyperfade.errors import CheckpointError, ServingError
 from hyperfade.hub import HyperfadeConfig
 from hyperfade.hub.integrity import AGAIN
-from hyperfade.hub.quantizer import METHOD
-from hyperfade.nn import LightSpec
+from hyperfade.hub.quantizer import METHOD, install_low_bit_
+from hyperfade.nn import LightSpec, LowBit, pack_
 from hyperfade.serve.share import Share, check_share, cut, num_blocks
 from hyperfade.surgery import join_readers_
 from hyperfade.surgery.families import PROJECTOR_SHAPES, SHAPES
@@ -43,29 +43,25 @@ weights without it, and vLLM 0.32 stops there, whether the checkpoint is dense o
 
 
 class EngineConfig(QuantizationConfig):
-    """`quantization_config` of a checkpoint's config.json, as vLLM asks for it. `specs`: replaced matrices by name."""
+    """`quantization_config` of a checkpoint's config.json, as vLLM asks for it. `specs`: replaced matrices by name.
+    low_bits: quantized linears by name, inside replaced matrices or beside them."""
 
-    def __init__(self, specs: Mapping[str, LightSpec]) -> None:
+    def __init__(self, specs: Mapping[str, LightSpec], low_bits: Mapping[str, LowBit] | None = None) -> None:
         super().__init__()
-        self.specs = dict(specs)
+        self.specs, self.low_bits = dict(specs), dict(low_bits or {})
         self.wraps_tower = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "EngineConfig":
         """Raises `CheckpointError` for what this version cannot read, `ServingError` for what it cannot serve."""
-        if config.get("inner") is not None:
-            raise ServingError(
-                f"This checkpoint was quantized after compression (inner: {config['inner']}), which vLLM cannot serve.",
-                "Serve the checkpoint it was made from, or run this one with transformers.",
-            )
-        specs = HyperfadeConfig.from_dict(config).specs
-        experts = [name for name, spec in specs.items() if spec.experts]
+        read = HyperfadeConfig.from_dict(config)
+        experts = [name for name, spec in read.specs.items() if spec.experts]
         if experts:
             raise ServingError(
                 f"{experts[0]} holds the matrices of experts, which vLLM would look for in dense tensors.",
                 "Run the checkpoint with transformers, or compress with replace.exclude: ['*.experts.*'].",
             )
-        return cls(specs)
+        return cls(read.specs, read.low_bits)
 
     def get_name(self) -> Any:
         """What `quant_method` says."""
@@ -88,6 +84,7 @@ class EngineConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take over the names that vLLM's model has for the checkpoint's modules."""
         self.specs = hf_to_vllm_mapper.apply_dict(self.specs)
+        self.low_bits = hf_to_vllm_mapper.apply_dict(self.low_bits)
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """The names that vLLM's model has for the checkpoint's tensors, where its own mapper does not know."""
@@ -100,13 +97,14 @@ class EngineConfig(QuantizationConfig):
             return None
         if "vision_tower.vision_model." in prefix and not self.wraps_tower:
             self.wraps_tower = True
-            self.specs = {_UNWRAPPED_TOWER.sub(_TOWER, full): spec for full, spec in self.specs.items()}
+            self.specs, self.low_bits = _wrapped(self.specs), _wrapped(self.low_bits)
         parent, _, name = prefix.rpartition(".")
         names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(name, [name])]
         matrices = {full: self.specs.get(full) for full in names}
-        if not any(matrices.values()):
+        low_bits = {path: held for path, held in self.low_bits.items() if any(_inside(path, full) for full in names)}
+        if not any(matrices.values()) and not low_bits:
             return UnquantizedLinearMethod()
-        return LayerMethod(matrices, {full: n for first in names for full, n in self.partners(first).items()})
+        return LayerMethod(matrices, {full: n for first in names for full, n in self.partners(first).items()}, low_bits)
 
     def partners(self, name: str) -> dict[str, int]:
         """The matrices that share hidden units with `name`, itself included, and their blocks. What else is connected
@@ -120,11 +118,14 @@ class EngineConfig(QuantizationConfig):
 
 
 class LayerMethod(LinearMethodBase):
-    """One linear of vLLM that holds `matrices` of the checkpoint, by name; None is one that stayed dense."""
+    """One linear of vLLM that holds `matrices` of the checkpoint, by name; None is one that stayed dense. low_bits: the
+    quantized linears among them and in them."""
 
-    def __init__(self, matrices: Mapping[str, LightSpec | None], partners: dict[str, int]) -> None:
+    def __init__(
+        self, matrices: Mapping[str, LightSpec | None], partners: dict[str, int], low_bits: dict[str, LowBit]
+    ) -> None:
         self.specs = dict(matrices)
-        self.partners = partners
+        self.partners, self.low_bits = partners, low_bits
         self.arrived: dict[str, dict[str, Tensor]] = {name: {} for name in matrices}
 
     def create_weights(
@@ -152,12 +153,10 @@ class LayerMethod(LinearMethodBase):
                     f"model has {expected} there.",
                     AGAIN,
                 )
-            with torch.device("meta"):
-                own = replace(spec, bias=False).build() if spec else nn.Linear(*expected[:2], bias=False)
-            self.skeletons[name] = own
+            own = self.skeletons[name] = self._skeleton(name, expected[:2])
             if self.share:
                 check_share(name, own.out_features if ranks > 1 else own.in_features, self.partners, self.share)
-        self.shapes = {name: {k: v.shape for k, v in own.state_dict().items()} for name, own in self.skeletons.items()}
+        self.expected = {name: own.state_dict() for name, own in self.skeletons.items()}
         self.widths = [own.out_features // ranks for own in self.skeletons.values()]
         if self.widths != output_partition_sizes:  # an FFN with fewer hidden units: the bias is made to this
             layer.output_size = layer.output_size_per_partition = sum(self.widths)
@@ -165,6 +164,21 @@ class LayerMethod(LinearMethodBase):
         self.without_bias = set(self.specs) if layer.has_bias else set()
         layer.light = nn.ModuleDict()
         self._expect_(layer)
+
+    def _skeleton(self, name: str, widths: tuple[int, int]) -> Any:
+        """The module that the checkpoint holds weights for in the place of a matrix, its bias left out."""
+        spec, like = self.specs[name], {"device": "meta", "dtype": self.dtype}
+        own = replace(spec, bias=False).build(**like) if spec else nn.Linear(*widths, bias=False, **like)
+        held = {f"own{path.removeprefix(name)}": low for path, low in self.low_bits.items() if _inside(path, name)}
+        if held and self.share:
+            raise ServingError(
+                f"Tensor parallelism over {self.share.ranks}: {name} is in {next(iter(held.values())).to}, and "
+                "matrices in few bits are not cut.",
+                "Serve with --tensor-parallel-size 1, or the checkpoint before it was quantized.",
+            )
+        holder = nn.ModuleDict({"own": own})
+        install_low_bit_(holder, held)
+        return holder["own"]
 
     def _share_of(self, layer: Any) -> Share | None:
         """The share of this process, None where it holds the whole layer."""
@@ -184,7 +198,7 @@ class LayerMethod(LinearMethodBase):
         """Put an empty parameter under every name that the checkpoint may hold for this linear."""
         paths = {"weight"}  # of a dense matrix, or the empty tensor under a replaced one's name
         for name, spec in self.specs.items():
-            paths |= set(self.shapes[name])
+            paths |= set(self.expected[name])
             if spec is not None and spec.bias:
                 paths.add(_bias_path(spec))
         for path in paths - {"bias"}:  # vLLM makes that one itself
@@ -209,18 +223,20 @@ class LayerMethod(LinearMethodBase):
         if spec is not None and path == _bias_path(spec):
             self.load_bias(layer.bias, tensor, part)
             return
-        if spec is not None and path == "weight" and not tensor.numel():
+        expected = self.expected[name]
+        if path == "weight" and path not in expected and not tensor.numel():
             return  # what keeps other readers from taking the checkpoint for a dense one
-        shapes = self.shapes[name]
-        if shapes.get(path) != tensor.shape:
-            described = f"it has shape {tuple(shapes[path])}" if path in shapes else "there is none"
+        if path not in expected or expected[path].shape != tensor.shape:
+            described = f"it has shape {tuple(expected[path].shape)}" if path in expected else "there is none"
             raise CheckpointError(
                 f"{name}.{path} in the checkpoint has shape {tuple(tensor.shape)}; by config.json {described}.", AGAIN
             )
-        arrived[path] = torch.empty_like(tensor, dtype=self.dtype, device=parameter.device).copy_(tensor)
-        if arrived.keys() == shapes.keys():
+        like = {"dtype": expected[path].dtype, "device": parameter.device}
+        arrived[path] = torch.empty_like(tensor, **like).copy_(tensor)
+        if arrived.keys() == expected.keys():
             light = self.skeletons.pop(name)
             light.load_state_dict(arrived, assign=True)
+            pack_(light)
             layer.light[_key(name)] = (cut(light, self.share) if self.share else light).requires_grad_(False)
             arrived.clear()
 
@@ -234,7 +250,7 @@ class LayerMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises `CheckpointError` where a matrix did not get all of its weights."""
-        missing = [f"{name}.{min(self.shapes[name].keys() - self.arrived[name].keys())}" for name in self.skeletons]
+        missing = [f"{name}.{min(self.expected[name].keys() - self.arrived[name].keys())}" for name in self.skeletons]
         missing += [f"{name}.bias" for name in sorted(self.without_bias)]
         if missing:
             raise CheckpointError(f"The checkpoint holds no weights for {missing[0]}.", AGAIN)
@@ -252,6 +268,16 @@ class LayerMethod(LinearMethodBase):
         """The matrix that vLLM means by a part of a linear."""
         index = _ATTENTION_PARTS.index(part) if isinstance(part, str) else part or 0
         return list(self.specs)[index]
+
+
+def _wrapped(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by the names that vLLM's towers have."""
+    return {_UNWRAPPED_TOWER.sub(_TOWER, name): value for name, value in by_name.items()}
+
+
+def _inside(path: str, name: str) -> bool:
+    """Whether a module is the one called `name`, or part of it."""
+    return path == name or path.startswith(f"{name}.")
 
 
 def _key(name: str) -> str:

@@ -140,5 +140,5 @@ def join_readers_(model: nn.Module) -> None:
 
 
 def _alike(first: PHMLinear, second: PHMLinear) -> bool:
-    by_products = first.algebra.form == "products" and first.cores is None and second.cores is None
+    by_products = first.algebra.form == "products" and not (first.stacked or second.stacked)
     return by_products and first.algebra == second.algebra and first.components.shape == second.components.shape

@@ -1,0 +1,155 @@
+"""The stacking table and its targets, from the results that `stacking.py` keeps; and how products run in few bits."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from report_pieces import ratio, table
+from stacking import FORMATS, METHODS, MODELS
+
+BEGIN, END = "<!-- stacking:begin", "<!-- stacking:end -->"
+TITLES = {"embedded": "the model that ships", "language": "SmolLM2-135M"}
+MOST_POINTS, MOST_RATIO, MOST_BYTES = 0.5, 0.03, 0.08
+Kept = Mapping[str, Any]
+
+
+def shown_quality(cell: Kept) -> str:
+    """Exact match in percent, or perplexity."""
+    return f"{cell['perplexity']:.2f}" if "perplexity" in cell else f"{cell['exact_match']:.2%}"
+
+
+def lost(kept: Kept, name: str, method: str, to: str) -> float | None:
+    """What rounding costs a method: points of exact match, or by how much it multiplies the perplexity, less 1."""
+    whole, own = (kept["cells"].get(f"{name}|{method}|{bits}") for bits in ("bf16", to))
+    if whole is None or own is None:
+        return None
+    if "perplexity" in own:
+        return own["perplexity"] / whole["perplexity"] - 1
+    return 100 * (whole["exact_match"] - own["exact_match"])
+
+
+def shown_loss(kept: Kept, name: str, method: str, to: str) -> str:
+    """`lost`, with its unit."""
+    value = lost(kept, name, method, to)
+    if value is None or to == "bf16":
+        return ""
+    return f"× {1 + value:.4f}" if name == "language" else f"{value:.2f} points"
+
+
+def speed_columns(kept: Kept, name: str, method: str, to: str) -> list[str]:
+    """Decode against the dense model of the same bits with quartiles, then prefill and decode against dense bf16."""
+    group = kept.get("speed", {}).get(name, {}).get(to)
+    if group is None:
+        return ["", "", ""]
+    own, whole = group[method], group["dense bf16"]
+    same = "" if method == "dense" else ratio((own["decode_speedup"], *own["decode_speedup_range"]))
+    seconds = ("prefill_seconds", "decode_seconds_per_token")
+    return [same, *(f"{whole[key] / own[key]:.2f}×" for key in seconds)]
+
+
+def stacking_table(kept: Kept) -> str:
+    """A row for every cell that was measured."""
+    rows = []
+    for name in MODELS:
+        dense = kept["cells"].get(f"{name}|dense|bf16")
+        for method in METHODS:
+            for to in FORMATS:
+                cell = kept["cells"].get(f"{name}|{method}|{to}")
+                if cell is None or dense is None:
+                    continue
+                rows.append(
+                    [
+                        *(TITLES[name], method, to, shown_quality(cell), shown_loss(kept, name, method, to)),
+                        f"{cell['ffn_bytes'] / dense['ffn_bytes']:.1%}",
+                        *(f"{cell[key] / 1e6:.1f} MB" for key in ("disk_bytes", "memory_bytes")),
+                        *speed_columns(kept, name, method, to),
+                    ]
+                )
+    speeds = ["decode against dense of the same bits", "prefill against dense bf16", "decode against dense bf16"]
+    head = ["model", "FFNs", "bits", "quality", "rounding costs", "FFN bytes", "on disk", "in memory", *speeds]
+    return table(head, rows)
+
+
+def targets(kept: Kept) -> str:
+    """What was to be reached, and what was: a line for each that can be judged."""
+    return "\n".join(f"- {line}" for line in _targets(kept)) or "Not measured yet."
+
+
+def _targets(kept: Kept) -> Iterator[str]:
+    for name in MODELS:
+        dense = lost(kept, name, "dense", "int4")
+        for method in METHODS:
+            own = lost(kept, name, method, "int4")
+            if not method.startswith("products") or own is None or dense is None:
+                continue
+            if name == "language":
+                more = (1 + own) / (1 + dense) - 1
+                said = f"multiplies the perplexity by {1 + more:.4f} of what it does to dense (target 1.03)"
+                yield _line(f"{TITLES[name]}, {method}: int4 {said}", more <= MOST_RATIO)
+            else:
+                said = f"costs {own - dense:+.2f} points more than it costs dense (target {MOST_POINTS})"
+                yield _line(f"{TITLES[name]}, {method}: int4 {said}", own - dense <= MOST_POINTS)
+        cells = [kept["cells"].get(f"{name}|{key}") for key in ("products n=4|int4", "dense|bf16")]
+        if all(cells):
+            share = cells[0]["ffn_bytes"] / cells[1]["ffn_bytes"]
+            said = f"take {share:.1%} of the bytes of the dense ones in bf16 (target {MOST_BYTES:.0%})"
+            yield _line(f"{TITLES[name]}: FFNs of products n=4 in int4 {said}", share <= MOST_BYTES)
+        if speed := kept.get("speed", {}).get(name, {}).get("int4"):
+            own = speed["products n=4"]
+            said = f"decode {ratio((own['decode_speedup'], *own['decode_speedup_range']))} as fast as dense in int4"
+            yield _line(f"{TITLES[name]}: products n=4 in int4 {said}", own["decode_speedup"] >= 1)
+
+
+def _line(what: str, reached: bool) -> str:
+    return f"{what}: **{'reached' if reached else 'missed'}**."
+
+
+def footnote(kept: Kept) -> str:
+    """Settings and machines."""
+    own = kept["settings"]
+    text = (
+        f"The model that ships: the demo's recipe, exact match on {own['examples']:,} questions. SmolLM2-135M: "
+        f"{own['steps']} steps, perplexity on {own['test']} sequences of WikiText-2's test set. int8 by rows, int4 by "
+        f"groups of {own['group']}; attention, embeddings and head in bfloat16."
+    )
+    for what, machine in (("Quality", kept["machine"]), ("Speed", kept.get("speed", {}).get("machine"))):
+        if machine is not None:
+            text += f" {what}: {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+            text += f"transformers {machine['transformers']}, {machine['date']}."
+    return text
+
+
+def section(kept: Kept) -> list[str]:
+    """The part of the page on rounding."""
+    return [
+        "## Smaller layers and fewer bits together",
+        "Written from `benchmarks/results/stacking.json`, which `benchmarks/stacking.py` keeps.",
+        stacking_table(kept),
+        targets(kept),
+        footnote(kept),
+    ]
+
+
+def with_stacking(readme: str, kept: Kept) -> str:
+    """The README's text with the part between the markers made anew."""
+    head, rest = readme.split(BEGIN, 1)
+    marker, rest = rest.split("\n", 1)
+    return f"{head}{BEGIN}{marker}\n{stacking_table(kept)}\n\n{footnote(kept)}\n{END}{rest.split(END, 1)[1]}"
+
+
+def calls_section(kept: Kept) -> list[str]:
+    """How long products in few bits take, in one call and in several, beside the dense matrix in as few bits."""
+    rows = []
+    for key, cell in kept["cells"].items():
+        shape, n, to, tokens = key.split("|")
+        ways = ("dense", "1 calls", f"{n} calls")
+        times = [f"{cell['microseconds'][way]:.0f}" for way in ways]
+        shown = [f"**{time}**" if way == cell["chosen"] else time for way, time in zip(ways, times, strict=True)]
+        rows.append([shape.replace("x", " → "), n, to, tokens, *shown])
+    machine = kept["machine"]
+    return [
+        "### One kernel call for all products, or one for each",
+        "Microseconds, the least of 31 alternating timings (`benchmarks/low_bit_forms.py`); what is chosen is bold. "
+        "With more than 96 rows (int8: 16) both rebuild T for one batched product. "
+        f"{machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}, {machine['date']}.",
+        table(["matrix", "n", "bits", "tokens", "dense", "one call for all", "a call for each"], rows),
+    ]
