@@ -34,11 +34,10 @@ _TEXT: dict[str, Any] = {
 }
 _LLAMA: dict[str, Any] = {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 1, "head_dim": 8}
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 _OSS: dict[str, Any] = {"layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_type": "default"}}
 TEXT: dict[str, Callable[[], Any]] = {
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM._from_config(
-        Qwen3MoeConfig(**_TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8)
-    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM._from_config(Qwen3MoeConfig(**_TEXT, **_QWEN)),
     "mixtral": lambda: MixtralForCausalLM._from_config(MixtralConfig(**_TEXT, **_EXPERTS)),
     "gpt_oss": lambda: GptOssForCausalLM._from_config(  # interleaved, transposed, with biases
         GptOssConfig(**_TEXT, **_EXPERTS, head_dim=8, **_OSS)
