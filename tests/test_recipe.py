@@ -304,3 +304,8 @@ def test_a_word_is_a_format() -> None:
     assert Recipe.parse(yaml.safe_load(word.to_yaml())) == word
     with pytest.raises(RecipeError, match=r"quantize\.to"):
         Recipe.parse({"quantize": "int3"})
+
+
+def test_hidden_states_need_a_live_teacher() -> None:
+    with pytest.raises(RecipeError, match="hidden_weight needs the teacher's hidden states"):
+        Recipe.parse({"train": {"hidden_weight": 1, "teacher": "cached"}}, where="here")

@@ -239,9 +239,10 @@ def _training_line(name: str, train: Train, say: Say) -> Callable[[StepReport], 
         del recent[:-20]
         if report.step % train.log_every == 0 or report.step == steps:
             left = round((steps - report.step) * sum(recent) / len(recent))
+            hidden = f", hidden states {report.hidden:.4f}" if train.hidden_weight else ""
             say(
-                f"[{name}] step {report.step}/{steps}  α {report.alpha:.2f}  loss {report.loss:.4f}  "
-                f"(ce {report.cross_entropy:.4f}, kl {report.kl:.4f}, reconstruction {report.reconstruction:.4f})  "
+                f"[{name}] step {report.step}/{steps}  α {report.alpha:.2f}  loss {report.loss:.4f}  (ce "
+                f"{report.cross_entropy:.4f}, kl {report.kl:.4f}, reconstruction {report.reconstruction:.4f}{hidden})  "
                 f"{report.seconds:.2f} s/step  {left // 60}:{left % 60:02d} left"
             )
 

@@ -267,6 +267,11 @@ class Train(_Section):
     reconstruction_weight: Number = Field(
         default=0.0, ge=0, description="μ: weight of the layers' output error while fading"
     )
+    hidden_weight: Number = Field(
+        default=0.0,
+        ge=0,
+        description="η: weight of the relative error of the language model's hidden states, at every position",
+    )
     train_also: tuple[str, ...] = Field(
         default=(), description="globs of dense parameters that train as well, e.g. lm_head.*"
     )
@@ -284,6 +289,12 @@ class Train(_Section):
     checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
     log_every: int = Field(default=10, ge=1, description="steps between printed lines; metrics.jsonl has every step")
     trackers: tuple[str, ...] = Field(default=(), description="accelerate trackers, e.g. tensorboard")
+
+    @model_validator(mode="after")
+    def _hidden_states_are_not_cached(self) -> Self:
+        if self.hidden_weight and self.teacher == "cached":
+            raise ValueError("hidden_weight needs the teacher's hidden states, which are not cached: take teacher live")
+        return self
 
 
 class Data(_Section):

@@ -256,10 +256,15 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
 def _plot_training(metrics: dict[str, list[dict[str, float]]], path: Path) -> None:
     """One panel per model: every step faintly, their running mean on top, and α."""
     figure, panels = _figure(max(6, 4.5 * len(metrics)), 3.6, columns=len(metrics))
-    terms = {"cross_entropy": "cross-entropy", "kl": "KL to the teacher", "reconstruction": "reconstruction"}
+    terms = {
+        "cross_entropy": "cross-entropy",
+        "kl": "KL to the teacher",
+        "reconstruction": "reconstruction",
+        "hidden": "hidden states",
+    }
     for axes, (name, steps) in zip(panels, metrics.items(), strict=True):
         for color, (key, label) in zip(_COLORS, terms.items(), strict=False):
-            measured = [m for m in steps if m[key]]  # a term that takes no part, as after the fade, is 0
+            measured = [m for m in steps if m.get(key)]  # a term that takes no part, as after the fade, is 0
             if measured:
                 at, values = [m["step"] for m in measured], [m[key] for m in measured]
                 axes.plot(at, values, color=color, alpha=0.25, linewidth=1)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,7 @@ def test_two_steps_equal_the_same_steps_written_out_by_hand(checkpointing: bool,
         temperature=3.0,
         label_smoothing=0.1,
         reconstruction_weight=0.01,
+        hidden_weight=0.2,
         weight_decay=0.05,
         clip_norm=0.5,
         gradient_checkpointing=checkpointing,
@@ -92,23 +94,37 @@ def test_two_steps_equal_the_same_steps_written_out_by_hand(checkpointing: bool,
             blend.alpha, blend.measure_reconstruction = (0.5, 1.0)[step], True
         batch = batch_of([next(order) for _ in range(4)])
         labels = batch.pop("labels")
-        logits, targets = answer_logits(student(**batch).logits, labels)
+        made = student(**batch, output_hidden_states=True)
+        logits, targets = answer_logits(made.logits, labels)
         with torch.no_grad():
-            wanted, _ = answer_logits(teacher(**batch).logits, labels)
+            taught = teacher(**batch, output_hidden_states=True)
+            wanted, _ = answer_logits(taught.logits, labels)
+        pairs = zip(made.hidden_states, taught.hidden_states, strict=True)
+        real = batch["attention_mask"].bool()
+        parts = [((s - t).square().sum(-1) / t.square().sum(-1))[real].mean() for s, t in pairs]
+        hidden = torch.stack(parts).mean()
         ce, kl = cross_entropy(logits, targets, 0.1), kl_divergence(logits, wanted, 3.0)
         off = torch.stack([blend.reconstruction for blend in blends(student).values()]).mean()
-        loss = 0.3 * ce + 0.7 * kl + 0.01 * off
+        loss = 0.3 * ce + 0.7 * kl + 0.01 * off + 0.2 * hidden
         loss.backward()
         torch.nn.utils.clip_grad_norm_(light, 0.5)
         optimizer.step()
         optimizer.zero_grad()
         given = reports[step]
-        expected = [x.item() for x in (loss, ce, kl, off)]
-        # observed 0
-        assert [given.loss, given.cross_entropy, given.kl, given.reconstruction] == pytest.approx(expected, rel=1e-5)
+        expected = [x.item() for x in (loss, ce, kl, off, hidden)]
+        parts = [given.loss, given.cross_entropy, given.kl, given.reconstruction, given.hidden]
+        assert parts == pytest.approx(expected, rel=1e-5)  # observed 1e-7
         assert given.alpha == (0.5, 1.0)[step]
     for name, value in weights(student).items():
         torch.testing.assert_close(weights(mine)[name], value, rtol=0, atol=1e-5)  # observed 0
+
+
+def test_hidden_weight_asks_for_a_model_with_hidden_states(tmp_path: Path) -> None:
+    student, teacher, _ = swapped()
+    forward = student.forward
+    student.forward = lambda **inputs: SimpleNamespace(logits=forward(**inputs).logits)
+    with pytest.raises(TrainingError, match="needs hidden states, and SimpleNamespace has none"):
+        distill_(student, teacher, 20, batch_of, train(hidden_weight=1.0), seed=0, folder=tmp_path)
 
 
 def test_dense_parameters_train_at_their_own_rate(tmp_path: Path) -> None:
@@ -175,7 +191,8 @@ def test_every_step_is_one_line_and_the_dense_branches_are_gone_at_the_end(order
     written = lines(tmp_path)
     assert [line["step"] for line in written] == list(range(1, 9))
     assert set(written[0]) == {
-        *("step", "loss", "cross_entropy", "kl", "reconstruction", "alpha", "learning_rate", "seconds")
+        *("step", "loss", "cross_entropy", "kl", "reconstruction", "alpha", "learning_rate", "seconds"),
+        "hidden",
     }
     assert [StepReport(**line) for line in written] == reports  # type: ignore[arg-type]
     assert all(line["seconds"] > 0 and math.isfinite(line["loss"]) for line in written)

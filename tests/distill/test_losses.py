@@ -12,6 +12,7 @@ from hyperfade.distill.losses import (
     answer_logits,
     answers_only,
     cross_entropy,
+    hidden_error,
     kl_divergence,
     mean_reconstruction,
 )
@@ -177,17 +178,34 @@ def _terms(*values: float) -> LossTerms:
 
 
 def test_the_total_is_the_weighted_sum() -> None:
-    assert _terms(2.0, 3.0, 5.0).total(0.25, 0.1).item() == pytest.approx(0.75 * 2 + 0.25 * 3 + 0.1 * 5)
+    assert _terms(2.0, 3.0, 5.0, 7.0).total(0.25, 0.1, 0.2).item() == pytest.approx(1.5 + 0.75 + 0.5 + 1.4)
 
 
-@pytest.mark.parametrize(("kd_weight", "bad"), [(0.0, (2.0, math.nan, math.nan)), (1.0, (math.nan, 3.0, math.nan))])
+@pytest.mark.parametrize(("kd_weight", "bad"), [(0.0, (2.0, *[math.nan] * 3)), (1.0, (math.nan, 3.0, *[math.nan] * 2))])
 def test_a_term_of_weight_zero_takes_no_part_not_even_in_the_graph(kd_weight: float, bad: tuple[float, ...]) -> None:
     terms = _terms(*bad)
-    total = terms.total(kd_weight, 0.0)
+    total = terms.total(kd_weight, 0.0, 0.0)
     total.backward()
     assert total.item() == (2.0 if kd_weight == 0 else 3.0)
-    used = [term.grad is not None for term in (terms.cross_entropy, terms.kl, terms.reconstruction)]
-    assert used == [kd_weight == 0, kd_weight == 1, False]
+    used = [term.grad is not None for term in (terms.cross_entropy, terms.kl, terms.reconstruction, terms.hidden)]
+    assert used == [kd_weight == 0, kd_weight == 1, False, False]
+
+
+def test_hidden_error_is_relative_at_every_position_and_blind_to_padding() -> None:
+    student, teacher = torch.randn(2, 3, 2, 5, 4).unbind()  # three layers of two rows of five positions
+    teacher[:, 0, 0] *= 1e3  # as where massive activations sit
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    errors = [
+        sum((student[layer, row, at, i] - teacher[layer, row, at, i]).item() ** 2 for i in range(4))
+        / sum(teacher[layer, row, at, i].item() ** 2 for i in range(4))
+        for layer in range(3)
+        for row, at in mask.nonzero().tolist()
+    ]
+    given = hidden_error(student.unbind(), teacher.unbind(), mask)
+    assert given.item() == pytest.approx(sum(errors) / 24, rel=1e-5)  # observed 2e-7
+    student[:, 1, 3:] = math.inf
+    assert hidden_error(teacher.unbind(), teacher.unbind(), mask).item() == 0
+    assert hidden_error(student.unbind(), teacher.unbind(), mask[:, :4]).isinf()  # of another shape: not used
 
 
 def test_mean_reconstruction_is_over_the_layers_that_measured() -> None:

@@ -24,6 +24,7 @@ class StepReport:
     alpha: float
     learning_rate: float
     seconds: float
+    hidden: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,11 @@ def distill_(
         fault, taken = not_finite(sums[0].item(), norm.item()), step
         if not fault:
             optimizer.step()
+            *terms, hidden = sums.tolist()
             report = StepReport(
                 step + 1,
-                *sums.tolist(),
+                *terms,
+                hidden=hidden,
                 alpha=alpha_at(step, train),
                 learning_rate=optimizer.param_groups[0]["lr"],
                 seconds=time.perf_counter() - started,

@@ -1,6 +1,7 @@
-"""The three losses, on the assistant's tokens: (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction."""
+"""The losses: (1 − λ) CE + λ T² KL(teacher ‖ student) on the assistant's tokens, + μ · mean reconstruction, + η · the
+error of hidden states at every position. A short answer has few tokens, a prompt with its image many."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,16 @@ class LossTerms:
     cross_entropy: Tensor
     kl: Tensor
     reconstruction: Tensor
+    hidden: Tensor
 
-    def total(self, kd_weight: float, reconstruction_weight: float) -> Tensor:
+    def total(self, kd_weight: float, reconstruction_weight: float, hidden_weight: float) -> Tensor:
         """The loss to minimise; a term with weight 0 takes no part, not even in the graph."""
         loss = torch.zeros((), device=self.cross_entropy.device)
         for weight, term in (
             (1 - kd_weight, self.cross_entropy),
             (kd_weight, self.kl),
             (reconstruction_weight, self.reconstruction),
+            (hidden_weight, self.hidden),
         ):
             if weight:
                 loss = loss + weight * term
@@ -100,6 +103,23 @@ def truncated_kl(student: Tensor, tokens: Tensor, log_probs: Tensor, log_rest: T
 def _log_rest(log_p: Tensor, tokens: Tensor) -> Tensor:
     """log Σ p over all but `tokens`; not as log(1 − Σ p of those), which has no digits left where it is small."""
     return log_p.scatter(-1, tokens, -torch.inf).logsumexp(dim=-1)
+
+
+def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean over layers and positions of ‖s − t‖² / ‖t‖², a scalar, float32.
+
+    student, teacher: what enters the language model and what every layer of it makes of that, each (batch, length,
+    width). mask (batch, length): 0 where a position is padding; one of another shape is not used. Errors are relative
+    at every position, because a few positions of a language model have states a thousand times as large as others.
+    """
+    errors = [
+        (s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1).clamp_min(1e-12)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    error = torch.stack(errors).mean(0)
+    if mask is None or mask.shape != error.shape:
+        return error.mean()
+    return (error * mask).sum() / mask.sum()
 
 
 def mean_reconstruction(blends: Iterable[BlendLinear], device: torch.device) -> Tensor:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from hyperfade.data.collate import IGNORED
 from hyperfade.distill.cached import CachedTeacher
 from hyperfade.distill.divide import Reached
-from hyperfade.distill.losses import LossTerms, answer_logits, cross_entropy, kl_divergence, mean_reconstruction
+from hyperfade.distill.losses import (
+    LossTerms,
+    answer_logits,
+    cross_entropy,
+    hidden_error,
+    kl_divergence,
+    mean_reconstruction,
+)
 from hyperfade.distill.schedule import kd_weight_at
 from hyperfade.distill.state import seed_step
 from hyperfade.errors import TrainingError
@@ -51,7 +58,8 @@ def autocast_dtype(model: nn.Module, train: Train) -> torch.dtype | None:
 
 
 def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: int) -> Tensor | None:
-    """Leave the gradients of `step` (from 0) in what trains; returns loss, cross-entropy, KL and reconstruction (4,).
+    """Leave the gradients of `step` (from 0) in what trains; returns loss, cross-entropy, KL and reconstruction and
+    hidden states' error (5,).
 
     numbers: the step's examples, those of all its micro-batches, of all processes. Every micro-batch is taken in
     `parts` parts. Returns None, with gradients to be thrown away, where memory ran out in some process. A divided
@@ -62,7 +70,7 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
     divided = objective.reached is not None
     device = trained[0].device
     seed_step(objective.seed, step, join().process_index)
-    sums, exhausted = torch.zeros(4, device=device), False
+    sums, exhausted = torch.zeros(5, device=device), False
     for first in range(0, len(numbers), size):
         share = share_of(numbers[first : first + size])
         pieces = [piece for piece in _divided(share, parts) if piece]
@@ -78,7 +86,7 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
             weight = count / total.item() / train.accumulation
             try:
                 terms = losses(objective, batch, piece)
-                loss = weight * terms.total(kd_weight_at(step, train), train.reconstruction_weight)
+                loss = weight * terms.total(kd_weight_at(step, train), train.reconstruction_weight, train.hidden_weight)
                 loss.backward()
             except torch.OutOfMemoryError as error:
                 if divided:  # the others wait for this one in the middle of a pass
@@ -89,7 +97,8 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
                     ) from error
                 exhausted = True
             else:
-                parts_of_it = torch.stack([terms.cross_entropy, terms.kl, terms.reconstruction]).detach()
+                named = terms.cross_entropy, terms.kl, terms.reconstruction, terms.hidden
+                parts_of_it = torch.stack(named).detach()
                 sums += torch.cat([loss.detach()[None], weight * parts_of_it])
             del batch
     out_of_memory = torch.tensor([float(exhausted)], device=device)
@@ -107,23 +116,40 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
 
 
 def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTerms:
-    """The three losses of one batch, means over its answer tokens."""
+    """The losses of one batch: cross-entropy and KL are means over its answer tokens, hidden states' over all."""
     train, dtype = objective.train, objective.autocast_dtype
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
     autocast = torch.autocast(labels.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    if train.hidden_weight:
+        inputs["output_hidden_states"] = True
     with autocast:
-        logits, targets = answer_logits(objective.student(**inputs).logits, labels)
-    kl = torch.zeros((), device=logits.device)
+        given = objective.student(**inputs)
+    logits, targets = answer_logits(given.logits, labels)
+    kl = hidden = torch.zeros((), device=logits.device)
     if train.kd_weight and isinstance(objective.teacher, CachedTeacher):
         kl = objective.teacher.kl(numbers, logits, targets)
-    elif train.kd_weight:
+    elif train.kd_weight or train.hidden_weight:
         with torch.no_grad(), autocast:
-            wanted, _ = answer_logits(objective.teacher(**inputs).logits, labels)
-        kl = kl_divergence(logits, wanted, train.temperature)
+            wanted = objective.teacher(**inputs)
+        if train.kd_weight:
+            kl = kl_divergence(logits, answer_logits(wanted.logits, labels)[0], train.temperature)
+        if train.hidden_weight:
+            hidden = hidden_error(_hidden_states(given), _hidden_states(wanted), batch.get("attention_mask"))
     ce = cross_entropy(logits, targets, train.label_smoothing)
-    return LossTerms(ce, kl, mean_reconstruction(blends(objective.student).values(), logits.device))
+    return LossTerms(ce, kl, mean_reconstruction(blends(objective.student).values(), logits.device), hidden)
+
+
+def _hidden_states(output: Any) -> Sequence[Tensor]:
+    """Those of the language model: of an encoder-decoder, the decoder's."""
+    states = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
+    if not states:
+        raise TrainingError(
+            f"train.hidden_weight needs hidden states, and {type(output).__name__} has none.",
+            "Leave hidden_weight out.",
+        )
+    return states
 
 
 def _sum_gradients_(trained: Sequence[nn.Parameter]) -> None:
