@@ -74,7 +74,8 @@ def test_help_and_recipes_need_no_heavy_import(arguments: tuple[str, ...]) -> No
 
 
 def test_the_commands_are_these() -> None:
-    assert set(COMMANDS) == {"inspect", "compress", "quantize", "export", "demo", "evaluate", "benchmark", "recipe"}
+    wanted = {"inspect", "compress", "convert", "quantize", "export", "demo", "evaluate", "benchmark", "recipe"}
+    assert set(COMMANDS) == wanted
     assert all(command.help for command in COMMANDS.values())
 
 
