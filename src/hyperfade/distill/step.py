@@ -119,7 +119,7 @@ def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTe
     """The losses of one batch: cross-entropy and KL are means over its answer tokens, hidden states' over all."""
     train, dtype = objective.train, objective.autocast_dtype
     labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
     autocast = torch.autocast(labels.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     if train.hidden_weight:
