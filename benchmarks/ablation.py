@@ -12,7 +12,7 @@ from typing import Any
 
 from comparison import RESULTS, arguments, both, run
 
-RATE = 5e-4
+RATE = 5e-5
 TOP = 10  # of the language model's 30 layers
 
 

@@ -202,7 +202,7 @@ def main() -> None:
     add = parser.add_argument
     add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
     add("--methods", nargs="+", help=f"only these: {', '.join([*methods(0.5), 'paper'])}")
-    add("--learning-rates", type=float, nargs="+", default=[5e-4], help="candidates, the same for every method")
+    add("--learning-rates", type=float, nargs="+", default=[5e-5], help="candidates, the same for every method")
     args = parser.parse_args()
     run(cells(args), args, parser)
 

@@ -159,14 +159,17 @@ def _ffn_part(kept: dict[str, Any]) -> list[str]:
 
 def _reference_part(kept: dict[str, Any]) -> list[str]:
     settings, present = kept["settings"], {cell["fraction"] for cell in kept["cells"].values()}
+    rates = sorted({cell["learning_rate"] for cell in kept["cells"].values() if cell["learning_rate"]})
     parts = [
         "## The reference model",
         f"A LLaVA of a pretrained ViT-S and SmolLM2-135M ([benchmarks/reference](../benchmarks/reference)). Every "
         f"cell: {settings['steps']} steps of {settings['batch_size']} samples after a fit on "
         f"{settings['calibration']}, with KL to the dense model and cross-entropy; {settings['examples']} unseen test "
-        f"examples. Brackets hold 95 % intervals; * marks a score whose paired difference from the dense model's has "
-        f"an interval without zero. KL is the training batch's, at the first step and over the last ten. Speed: "
-        f"bfloat16, one prompt with an image, medians and quartiles against dense in one run. {_machine(kept)}",
+        f"examples. Learning rates tried: {', '.join(f'{rate:g}' for rate in rates)}; of a method's cells the one with "
+        f"the lowest training loss is shown. Brackets hold 95 % intervals; * marks a score whose paired difference "
+        f"from the dense model's has an interval without zero. KL is the training batch's, at the first step and over "
+        f"the last ten. Speed: bfloat16, one prompt with an image, medians and quartiles against dense in one run. "
+        f"{_machine(kept)}",
     ]
     for fraction in (f for f in (*FRACTIONS, None) if f in present):
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]

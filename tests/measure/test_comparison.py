@@ -94,6 +94,7 @@ def test_a_reference_model_gets_a_section_with_its_scores_in_their_places(tmp_pa
         "kl_before": 2.0,
         "kl_after": 1.0,
         "loss_after": 1.0,
+        "learning_rate": 2e-4,
         "fit_seconds": 3.0,
         "train_seconds": 4.0,
         "ffn_params_ratio": 0.5,
