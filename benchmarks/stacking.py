@@ -184,7 +184,7 @@ def main() -> None:
     cells = kept.setdefault("cells", {})
     models = [args.only] if args.only else MODELS
     if args.speed:
-        kept["speed"] = {"machine": machine()} | {name: speeds(args, name) for name in models}
+        kept["speed"] = kept.get("speed", {}) | {"machine": machine()} | {name: speeds(args, name) for name in models}
         write_json(args.results, kept)
         return
     kept["machine"] = machine()

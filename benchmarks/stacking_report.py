@@ -93,8 +93,7 @@ def _targets(kept: Kept) -> Iterator[str]:
             share = cells[0]["ffn_bytes"] / cells[1]["ffn_bytes"]
             said = f"take {share:.1%} of the bytes of the dense ones in bf16 (target {MOST_BYTES:.0%})"
             yield _line(f"{TITLES[name]}: FFNs of products n=4 in int4 {said}", share <= MOST_BYTES)
-        if speed := kept.get("speed", {}).get(name, {}).get("int4"):
-            own = speed["products n=4"]
+        if own := kept.get("speed", {}).get(name, {}).get("int4", {}).get("products n=4"):
             said = f"decode {ratio((own['decode_speedup'], *own['decode_speedup_range']))} as fast as dense in int4"
             yield _line(f"{TITLES[name]}: products n=4 in int4 {said}", own["decode_speedup"] >= 1)
 
