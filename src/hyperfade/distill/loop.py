@@ -1,9 +1,10 @@
 """Fade, then polish: the one training loop.
 
-A step draws its examples by number, sets α, and minimises cross-entropy, the KL to the teacher and the reconstruction
-of the layers that fade (`step.py`). When the fade is over the dense branches are dropped and the rest of the steps
-polish what is left. α, λ and the learning rate are pure functions of the optimizer step (`schedule.py`), and what was
-done about faults stands in `metrics.jsonl`, so a run can stop after any state and continue as if nothing had happened.
+A step draws its examples by number, sets α, and minimises cross-entropy, the KL to the teacher, the error of its hidden
+states and the reconstruction of the layers that fade (`step.py`). When the fade is over the dense branches are dropped
+and the rest of the steps polish what is left. α, λ and the learning rate are pure functions of the optimizer step
+(`schedule.py`), and what was done about faults stands in `metrics.jsonl`, so a run can stop after any state and
+continue as if nothing had happened.
 """
 
 import math

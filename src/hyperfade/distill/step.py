@@ -58,8 +58,8 @@ def autocast_dtype(model: nn.Module, train: Train) -> torch.dtype | None:
 
 
 def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: int) -> Tensor | None:
-    """Leave the gradients of `step` (from 0) in what trains; returns loss, cross-entropy, KL and reconstruction and
-    hidden states' error (5,).
+    """Leave the gradients of `step` (from 0) in what trains; returns loss, cross-entropy, KL, reconstruction
+    and hidden states' error (5,).
 
     numbers: the step's examples, those of all its micro-batches, of all processes. Every micro-batch is taken in
     `parts` parts. Returns None, with gradients to be thrown away, where memory ran out in some process. A divided
