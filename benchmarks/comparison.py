@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hyperfade.hub import tasks_of
 from hyperfade.measure import machine, paired_difference, read_answers
 from hyperfade.pipeline import compress
 from hyperfade.recipe import Recipe
@@ -113,7 +112,7 @@ def summary(folder: Path, results: Mapping[str, Any], rate: float | None) -> dic
                 **own["scores"],
                 "against_dense": vars(paired_difference(answers["compressed"], answers["dense"], task=task)),
             }
-            for task, own in tasks_of(details["compressed"]).items()
+            for task, own in details["compressed"]["tasks"].items()
         },
         "retention": results["quality"]["retention_by_task"],
         "kl_before": metrics[0]["kl"],
@@ -187,7 +186,7 @@ def run(
         kept["machine"] = machine()
         details = results["quality"]["details"]["dense"]
         kept["dense"] = {
-            "scores": {t: {"headline": own["headline"], **own["scores"]} for t, own in tasks_of(details).items()},
+            "scores": {t: {"headline": own["headline"], **own["scores"]} for t, own in details["tasks"].items()},
             "parameters": results["parameters"]["dense"],
             "disk_bytes": results["disk_bytes"]["dense"],
         }

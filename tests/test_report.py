@@ -149,20 +149,6 @@ def test_every_task_has_its_table_and_its_column(tmp_path: Path) -> None:
     assert len({line.count("|") for line in page.splitlines()[2:7]}) == 1
 
 
-def test_results_of_before_there_were_tasks_can_still_be_read(tmp_path: Path) -> None:
-    folder = _folder(tmp_path, {}, [])
-    kept = Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json"
-    old = json.loads(kept.read_text(encoding="utf-8"))["quality"]["details"]["dense"]
-    assert "tasks" not in old
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    results["quality"]["details"] = {"dense": old, "compressed": old}
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    write_report(folder)
-    page = (folder / "report.md").read_text(encoding="utf-8")
-    assert "| all | 2000 | exact match | 99.55% (99.1%-99.8%) | 99.55% (99.1%-99.8%) |" in page
-    assert "| kind color | 262 | exact match | 100.00% (98.6%-100.0%) | 100.00% (98.6%-100.0%) |" in page
-
-
 def test_where_a_budget_went_is_said_for_every_model_that_has_one(tmp_path: Path) -> None:
     first = {"name": "model.a.mlp", "region": "language", "size": "8 of 32 units", "parameters": 25, "loss": 0.02}
     first |= {"dense_parameters": 100, "sensitivity": 2.0, "error": 0.1}

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hyperfade.hub import footnote, is_share, metric_label, score_rows, score_text, table, tasks_of
+from hyperfade.hub import footnote, is_share, metric_label, score_rows, score_text, table
 from hyperfade.surgery import Plan, human
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
@@ -78,7 +78,7 @@ def quality_lines(quality: dict[str, Any]) -> list[str]:
     """The scores of a `Quality`, as a mapping, as aligned text: one row per task, part of its examples and metric."""
     rows = [
         (task, part, metric_label(metric), score_text(metric, score), f"of {score['count']}")
-        for task, own in tasks_of(quality).items()
+        for task, own in quality["tasks"].items()
         for (part, metric), score in score_rows(own).items()
     ]
     return _aligned(rows)
@@ -201,7 +201,7 @@ def _by_task(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Task → model → its scores: dense, compressed, rivals. None for a model that could use no example of the task."""
     details = results["quality"]["details"]
     rivals = {name: entry["quality"]["details"]["compressed"] for name, entry in results["rivals"].items()}
-    models = {name: tasks_of(quality) for name, quality in (details | rivals).items()}
+    models = {name: quality["tasks"] for name, quality in (details | rivals).items()}
     return {task: {name: own.get(task) for name, own in models.items()} for task in models["dense"]}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hyperfade.hub import metric_label, resolve, score_text, takes_images, tasks_of
+from hyperfade.hub import metric_label, resolve, score_text, takes_images
 from hyperfade.measure import (
     Quality,
     Speed,
@@ -36,7 +36,7 @@ def measure(task: Task, built: dict[str, dict[str, Any]], say: Say) -> dict[str,
             write_answers(recipe.output / "answers" / f"{name}.jsonl", quality.answers)
             write_json(cached, quality.to_dict())
         qualities[name] = read_json(cached)
-        for asked, own in tasks_of(qualities[name]).items():
+        for asked, own in qualities[name]["tasks"].items():
             metric, score = own["headline"], own["scores"][own["headline"]]
             say(f"[{name}] {asked}: {metric_label(metric)} {score_text(metric, score)} of {score['count']}")
     say("Measuring speed: all models in alternating rounds")
@@ -111,7 +111,7 @@ def _retention(dense: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     Where the dense model scores 0 there is nothing to keep: None, which counts as more than anything.
     """
     before, after = (
-        {task: scored["scores"][scored["headline"]]["value"] for task, scored in tasks_of(quality).items()}
+        {task: scored["scores"][scored["headline"]]["value"] for task, scored in quality["tasks"].items()}
         for quality in (dense, own)
     )
     kept = {task: after[task] / value if value else None for task, value in before.items() if task in after}

@@ -9,7 +9,6 @@ from hyperfade.hub.card import (
     score_rows,
     score_text,
     table,
-    tasks_of,
 )
 from hyperfade.hub.checkpoint import (
     EMBEDDED,
@@ -61,7 +60,6 @@ __all__ = [
     "stored",
     "table",
     "takes_images",
-    "tasks_of",
     "verify_checkpoint",
     "verify_safetensors",
     "write_folder",

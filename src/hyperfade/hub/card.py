@@ -31,24 +31,8 @@ def score_text(name: str, score: Mapping[str, Any]) -> str:
     return f"{score['value']:{own}} ({score['low']:{ends}}-{score['high']:{ends}})"
 
 
-def tasks_of(quality: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task: headline, scores, by_kind, by_modality of one model's part of `quality.details` in results.json.
-
-    Version 0.1 knew exact match only, and wrote `overall` and `by_kind`; that is read as the task question.
-    """
-    if "tasks" in quality:
-        return quality["tasks"]
-
-    def scores(old: Mapping[str, Any]) -> dict[str, Any]:
-        return {"exact_match": {"value": old["accuracy"], **{key: old[key] for key in ("low", "high", "count")}}}
-
-    by_kind = {kind: scores(old) for kind, old in quality["by_kind"].items()}
-    whole = scores(quality["overall"])
-    return {"question": {"headline": "exact_match", "scores": whole, "by_kind": by_kind, "by_modality": {}}}
-
-
 def score_rows(own: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """(examples, metric) → score of one task of `tasks_of`: every metric of all examples, then the headline of parts.
+    """(examples, metric) → score of one task: every metric of all examples, then the headline of parts.
 
     Parts are kinds, and examples with and without an image where there are both.
     """
@@ -62,14 +46,14 @@ def score_rows(own: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any
 
 def headline(quality: Mapping[str, Any], task: str) -> str:
     """The score that stands for a task, with its interval; "-" where no example of it could be used."""
-    own = tasks_of(quality).get(task)
+    own = quality["tasks"].get(task)
     return "-" if own is None else score_text(own["headline"], own["scores"][own["headline"]])
 
 
 def table(results: dict[str, Any]) -> str:
     """A Markdown table: the dense model, the compressed one, and every rival, as measured in one run."""
     details, speed = results["quality"]["details"], results["dense_speed"]
-    tasks = {task: metric_label(own["headline"]) for task, own in tasks_of(details["dense"]).items()}
+    tasks = {task: metric_label(own["headline"]) for task, own in details["dense"]["tasks"].items()}
     several = len(tasks) > 1
     names = [f"{task}: {metric}" if several else metric for task, metric in tasks.items()]
     columns = [*(f"{name} (95 % interval)" for name in names), "kept, least of the tasks" if several else "kept"]
@@ -139,7 +123,7 @@ processor = {processor_class}.from_pretrained("THIS_FOLDER")
 def footnote(results: dict[str, Any]) -> str:
     """What was measured where, in one paragraph."""
     recipe, machine = results["recipe"], results["machine"]
-    tasks = tasks_of(results["quality"]["details"]["dense"])
+    tasks = results["quality"]["details"]["dense"]["tasks"]
     counts = {task: own["scores"][own["headline"]]["count"] for task, own in tasks.items()}
     if list(tasks) == ["question"]:
         data = f"{counts['question']:,} questions, greedy answers, exact match, Wilson interval"
