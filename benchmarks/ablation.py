@@ -41,7 +41,7 @@ def changes(fraction: float, steps: int) -> dict[str, dict[str, Any]]:
         "fade with reconstruction": faded(1 / 3, reconstruction_weight=0.1),
         "KD: none": {"train": {"kd_weight": 0}},
         "KD: alone": {"train": {"kd_weight": 1}},
-        "KD and hidden states": {"train": {"hidden_weight": 10}},
+        "KD and hidden states": {"train": {"hidden_weight": 10, "teacher": "live"}},
         "LoRA on attention": {"train": {"lora_rank": 8, "dense_learning_rate": RATE}},
         "n = 2": both(products(2, fraction)),
         "n = 8": both(products(8, fraction)),

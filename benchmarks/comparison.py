@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agreement import agreement
+
 from hyperfade.measure import machine, paired_difference, read_answers
 from hyperfade.pipeline import compress
 from hyperfade.recipe import Recipe
@@ -72,12 +74,14 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[
         fields = paper()
         fade = round(0.7 * args.steps)
         fields["train"] |= {"fade_steps": fade, "polish_steps": args.steps - fade, "accumulation": 1}
+        fields["train"] |= {"teacher": "live"}  # at its temperature of 4 the likeliest tokens are not enough
         yield "paper", {"method": "paper", "fraction": None}, fields
 
 
 def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Recipe:
     """The whole recipe of a cell: what all of them share, and its own part."""
     shared_train = {"checkpoint_every": 50, "temperature": 1, "group_by_length": True}
+    shared_train |= {"teacher": "cached", "teacher_folder": str(args.output / "teacher")}  # the same batches for all
     shared_fit = {"samples": args.calibration, "batch_size": args.batch_size, "prefix": "dense", "sweeps": 6}
     return Recipe.parse(
         {
@@ -101,7 +105,6 @@ def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Re
 
 def summary(folder: Path, results: Mapping[str, Any], rate: float | None) -> dict[str, Any]:
     """What is kept of a cell: scores with intervals, paired differences from the dense model, cost, size and speed."""
-    metrics = read_metrics(folder / "work")
     answers = {name: read_answers(folder / "answers" / f"{name}.jsonl") for name in ("dense", "compressed")}
     details = results["quality"]["details"]
     return {
@@ -115,9 +118,7 @@ def summary(folder: Path, results: Mapping[str, Any], rate: float | None) -> dic
             for task, own in details["compressed"]["tasks"].items()
         },
         "retention": results["quality"]["retention_by_task"],
-        "kl_before": metrics[0]["kl"],
-        "kl_after": statistics.mean(m["kl"] for m in metrics[-10:]),
-        "loss_after": statistics.mean(m["loss"] for m in metrics[-10:]),
+        "loss_after": statistics.mean(m["loss"] for m in read_metrics(folder / "work")[-10:]),
         "fit_seconds": results["fit_seconds"],
         "train_seconds": results["training"]["seconds"],
         "ffn_params_ratio": results["ffn_params_ratio"],
@@ -129,7 +130,7 @@ def summary(folder: Path, results: Mapping[str, Any], rate: float | None) -> dic
     }
 
 
-def run_cell(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+def run_cell(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """Compress, with the dense model's answers taken over from the first cell that had them."""
     made = recipe(name, fields, args)
     open_output(made)
@@ -142,7 +143,7 @@ def run_cell(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> 
     for kept, own in shared:
         if not kept.exists():
             shutil.copyfile(own, kept)
-    return made.output, results
+    return made, results
 
 
 _DENSE = (("dense.json", "work/quality-dense.json"), ("dense.jsonl", "answers/dense.jsonl"))
@@ -171,18 +172,27 @@ def run(
     args: argparse.Namespace,
     parser: argparse.ArgumentParser,
 ) -> None:
-    """Run every cell of `wanted` that the results file lacks: (name, what identifies it, recipe fields)."""
+    """Run every cell of `wanted` that the results file lacks: (name, what identifies it, recipe fields).
+
+    Several processes may share the results file, if each has cells of its own.
+    """
     names = ("steps", "batch_size", "calibration", "examples", "attention")
     settings = {name: getattr(args, name) for name in names}
-    kept = read_json(args.results) if args.results.exists() else {}
-    if kept.setdefault("settings", settings) != settings:
-        parser.error(f"{args.results} holds cells of other settings, {kept['settings']}: choose another --results")
-    kept.setdefault("cells", {})
+
+    def read() -> dict[str, Any]:
+        kept = read_json(args.results) if args.results.exists() else {}
+        if kept.setdefault("settings", settings) != settings:
+            parser.error(f"{args.results} holds cells of other settings, {kept['settings']}: choose another --results")
+        return {"cells": {}} | kept
+
     for name, identity, fields in wanted:
-        if name in kept["cells"]:
+        if name in read()["cells"]:
             continue
         print(f"== {name}", flush=True)
-        folder, results = run_cell(name, fields, args)
+        made, results = run_cell(name, fields, args)
+        cell = summary(made.output, results, fields["train"].get("learning_rate"))
+        cell |= {"agreement": agreement(made)}
+        kept = read()  # anew: another process may have added cells of its own meanwhile
         kept["machine"] = machine()
         details = results["quality"]["details"]["dense"]
         kept["dense"] = {
@@ -190,14 +200,14 @@ def run(
             "parameters": results["parameters"]["dense"],
             "disk_bytes": results["disk_bytes"]["dense"],
         }
-        kept["cells"][name] = identity | summary(folder, results, fields["train"].get("learning_rate"))
+        kept["cells"][name] = identity | cell
         write_json(args.results, kept)
-        print(json.dumps(kept["cells"][name]["retention"]), flush=True)
+        print(json.dumps(cell["agreement"] | {"retention": cell["retention"]}), flush=True)
 
 
 def main() -> None:
     """Run every cell that the results file lacks."""
-    parser = arguments(__doc__, RESULTS, Path("runs/comparison"))
+    parser = arguments(__doc__ or "", RESULTS, Path("runs/comparison"))
     add = parser.add_argument
     add("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the FFN parameters that stay")
     add("--methods", nargs="+", help=f"only these: {', '.join([*methods(0.5), 'paper'])}")
