@@ -9,6 +9,7 @@ been run, `comparison.py` and `ablation.py` (the reference model). The advice is
 from pathlib import Path
 from typing import Any
 
+from agreement import EXAMPLES
 from comparison import FRACTIONS, RESULTS
 from report_pieces import ratio, table
 
@@ -47,6 +48,7 @@ def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
         *(f"{task}: {metric_label(own['headline'])}" for task, own in dense["scores"].items()),
         *(
             "least kept",
+            "same next token before → after",
             "KL before → after",
             "FFN",
             "all parameters",
@@ -69,7 +71,7 @@ def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
                     cell["method"],
                     *(_score(cell["scores"][t]) for t in tasks),
                     f"{min(kept_share):.1%}" if kept_share else "-",
-                    f"{cell['kl_before']:.2f} → {cell['kl_after']:.2f}",
+                    *_agreement(cell),
                     f"{cell['ffn_params_ratio']:.1%}",
                     *(_millions(cell), _megabytes(cell)),
                     *(ratio(cell[f"{part}_speedup"]) for part in ("prefill", "decode")),
@@ -167,9 +169,10 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
         f"{settings['calibration']}, with KL to the dense model and cross-entropy; {settings['examples']} unseen test "
         f"examples. Learning rates tried: {', '.join(f'{rate:g}' for rate in rates)}; of a method's cells the one with "
         f"the lowest training loss is shown. Brackets hold 95 % intervals; * marks a score whose paired difference "
-        f"from the dense model's has an interval without zero. KL is the training batch's, at the first step and over "
-        f"the last ten. Speed: bfloat16, one prompt with an image, medians and quartiles against dense in one run. "
-        f"{_machine(kept)}",
+        f"from the dense model's has an interval without zero. Before and after training, on the answer tokens of "
+        f"{EXAMPLES} test examples with the true tokens before them: how often the most likely next token is the dense "
+        f"model's, and the KL from it in nats. Speed: bfloat16, one prompt with an image, medians and quartiles "
+        f"against dense in one run. {_machine(kept)}",
     ]
     for fraction in (f for f in (*FRACTIONS, None) if f in present):
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]
@@ -178,19 +181,20 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
 
 
 def ablation_table(kept: dict[str, Any]) -> str:
-    """One row per change, the base first: what each task keeps, and the KL before and after training."""
+    """One row per change, the base first: what each task keeps, and how like the dense model it was and is."""
     tasks = list(kept["dense"]["scores"])
     rows = [
         [
             cell["change"],
             *(f"{cell['retention'][task]:.1%}" if cell["retention"][task] is not None else "-" for task in tasks),
-            f"{cell['kl_before']:.2f} → {cell['kl_after']:.2f}",
+            *_agreement(cell),
             f"{cell['ffn_params_ratio']:.1%}",
             f"{cell['train_seconds']:.0f} s",
         ]
         for cell in kept["cells"].values()
     ]
-    return table(["change", *(f"{task} kept" for task in tasks), "KL before → after", "FFN", "training"], rows)
+    head = ["change", *(f"{task} kept" for task in tasks), "same next token before → after", "KL before → after"]
+    return table([*head, "FFN", "training"], rows)
 
 
 def _ablation_part(kept: dict[str, Any]) -> list[str]:
@@ -199,8 +203,7 @@ def _ablation_part(kept: dict[str, Any]) -> list[str]:
         "## What each ingredient is worth",
         f"The reference model by plain products (n = 4, {', '.join(f'{f:g}' for f in fractions)} of the FFN parameters,"
         f" calibrated fit, no fade, mostly KL), with one thing changed at a time; {settings['steps']} steps of "
-        f"{settings['batch_size']} conversations, {settings['examples']} unseen test examples. KL is printed where it "
-        f"is a part of the loss. {_machine(kept)}",
+        f"{settings['batch_size']} conversations, {settings['examples']} unseen test examples. {_machine(kept)}",
         ablation_table(kept),
     ]
 
@@ -250,7 +253,7 @@ def plot(kept: Kept) -> None:
             part: (
                 "times dense",
                 "KL to the dense model",
-                [(c["method"], c[f"{part}_speedup"][0], c["kl_after"]) for c in cells],
+                [(c["method"], c[f"{part}_speedup"][0], c["agreement"]["after"]["kl"]) for c in cells],
             )
             for part in ("prefill", "decode")
         },
@@ -280,6 +283,11 @@ def _score(own: dict[str, Any]) -> str:
     metric, difference = own["headline"], own.get("against_dense")
     differs = difference is not None and not difference["low"] <= 0 <= difference["high"]
     return score_text(metric, own[metric]) + ("*" if differs else "")
+
+
+def _agreement(cell: dict[str, Any]) -> tuple[str, str]:
+    before, after = (cell["agreement"][when] for when in ("before", "after"))
+    return f"{before['same_token']:.1%} → {after['same_token']:.1%}", f"{before['kl']:.2f} → {after['kl']:.2f}"
 
 
 def _millions(cell: dict[str, Any]) -> str:

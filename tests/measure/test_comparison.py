@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from hyperfade.hub import EMBEDDED_FOLDER
+from hyperfade.pipeline import compress
 from hyperfade.recipe import Recipe, Replace
 from hyperfade.surgery import plan
 
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import ablation
 import comparison
 import comparison_report as report
+from agreement import agreement
 
 
 def _reference_shapes() -> LlavaForConditionalGeneration:
@@ -78,6 +81,9 @@ def test_page_and_readme_are_what_the_kept_results_give() -> None:
     assert report.with_comparison(readme, kept) == readme
 
 
+_AGREEMENT = {"before": {"kl": 2.0, "same_token": 0.25}, "after": {"kl": 1.0, "same_token": 0.5}}
+
+
 def _score(value: float) -> dict[str, Any]:
     return {"value": value, "low": value - 0.1, "high": value + 0.1, "count": 9}
 
@@ -91,8 +97,7 @@ def test_a_reference_model_gets_a_section_with_its_scores_in_their_places(tmp_pa
         "fraction": 0.5,
         "scores": {"question": {**question, "exact_match": _score(0.4), "against_dense": _score(-0.2)}},
         "retention": {"question": 0.8},
-        "kl_before": 2.0,
-        "kl_after": 1.0,
+        "agreement": _AGREEMENT,
         "loss_after": 1.0,
         "learning_rate": 2e-4,
         "fit_seconds": 3.0,
@@ -107,16 +112,35 @@ def test_a_reference_model_gets_a_section_with_its_scores_in_their_places(tmp_pa
     machine = kept["perplexity"]["machine"]
     comparison_file = {"settings": settings, "machine": machine, "dense": dense, "cells": {"a": cell}}
     text = report.page(kept | {"comparison": comparison_file}, advice)
-    expected = "| products | 40.00% (30.0%-50.0%)* | 80.0% | 2.00 → 1.00 | 50.0% | 7.0 M | 14 MB | 1.50× (1.40-1.60) |"
-    assert expected in text
+    quality = "| products | 40.00% (30.0%-50.0%)* | 80.0% | 25.0% → 50.0% | 2.00 → 1.00 "
+    assert quality + "| 50.0% | 7.0 M | 14 MB | 1.50× (1.40-1.60) |" in text
 
 
 def test_an_ablation_gets_a_section_with_what_each_task_keeps() -> None:
     kept, advice = report.kept_results()
     dense = {"scores": {"question": {}, "reading": {}}}
-    cell = {"change": "n = 8", "fraction": 0.25, "retention": {"question": 0.9, "reading": None}, "kl_before": 2.0}
-    cell |= {"kl_after": 1.0, "ffn_params_ratio": 0.25, "train_seconds": 60.0}
+    cell = {"change": "n = 8", "fraction": 0.25, "retention": {"question": 0.9, "reading": None}}
+    cell |= {"agreement": _AGREEMENT, "ffn_params_ratio": 0.25, "train_seconds": 60.0}
     settings = {"steps": 5, "batch_size": 2, "examples": 9}
     file = {"settings": settings, "machine": kept["perplexity"]["machine"], "dense": dense, "cells": {"n = 8": cell}}
     text = report.page(kept | {"ablation": file}, advice)
-    assert "| n = 8 | 90.0% | - | 2.00 → 1.00 | 25.0% | 60 s |" in text
+    assert "| n = 8 | 90.0% | - | 25.0% → 50.0% | 2.00 → 1.00 | 25.0% | 60 s |" in text
+
+
+def test_steps_of_no_length_leave_a_model_as_the_fit_alone_gives_it(tmp_path: Path) -> None:
+    recipe = Recipe.parse(
+        {
+            "model": str(EMBEDDED_FOLDER),
+            "output": tmp_path / "out",
+            "dtype": "float32",
+            "replace": {"language": None, "vision": {"n": 4}},
+            "fit": {"samples": 16, "batch_size": 8, "sweeps": 2},
+            "train": {"fade_steps": 0, "polish_steps": 1, "batch_size": 4, "learning_rate": 1e-30},
+            "data": {"evaluation_limit": 16, "max_new_tokens": 4},
+        }
+    )
+    compress(recipe, lambda line: None)
+    found = agreement(recipe)
+    assert found["before"] == found["after"]
+    assert found["before"]["kl"] > 0
+    assert 0 < found["before"]["same_token"] <= 1
