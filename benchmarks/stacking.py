@@ -118,7 +118,6 @@ def checkpoint(args: argparse.Namespace, name: str, method: str, to: str, moment
     return folder
 
 
-@torch.inference_mode()
 def cell(args: argparse.Namespace, name: str, method: str, to: str, moments: dict[str, Tensor]) -> dict[str, Any]:
     """What is read back from a checkpoint: its quality and its bytes."""
     folder = checkpoint(args, name, method, to, moments)
