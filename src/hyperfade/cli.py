@@ -368,7 +368,7 @@ def recipe(
 ) -> None:
     """Print a complete recipe, defaults included, to start your own from; or every key with its meaning."""
     from hyperfade.recipe import Recipe
-    from hyperfade.recipe_keys import describe
+    from hyperfade.recipe.keys import describe
 
     typer.echo("\n".join(describe()) if keys else Recipe.load(name).to_yaml())
 
