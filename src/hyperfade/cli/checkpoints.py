@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from hyperfade.cli.shared import Format, refuse_existing
+from hyperfade.cli.shared import refuse_existing
+from hyperfade.formats import Format
 
 
 def quantize(

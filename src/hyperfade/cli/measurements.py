@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hyperfade.cli.shared import DataOption, Dtype, SetOption, chosen_recipe
+from hyperfade.cli.shared import DataOption, SetOption, chosen_recipe
 from hyperfade.errors import DataError, RecipeError
+from hyperfade.formats import Dtype
 
 if TYPE_CHECKING:
     from hyperfade.recipe import Recipe

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from hyperfade.cli.shared import Format, RecipeOption, SetOption, chosen_recipe, say
+from hyperfade.cli.shared import RecipeOption, SetOption, chosen_recipe, say
 from hyperfade.errors import RecipeError
+from hyperfade.formats import Format
 
 
 def inspect(

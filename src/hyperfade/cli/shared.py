@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,6 @@ SetOption = Annotated[
 DataOption = Annotated[
     str, typer.Option(help="Questions with answers: easy-vqa[:train|:test], a .jsonl file, or datasets:NAME[:SPLIT].")
 ]
-Format = Literal["int8", "int4", "nf4", "fp8"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def chosen_recipe(source: str, changes: list[str] | None, direct: dict[str, Any] | None = None) -> "Recipe":
@@ -47,10 +45,12 @@ def chosen_recipe(source: str, changes: list[str] | None, direct: dict[str, Any]
 
 
 def say(line: str) -> None:
+    """Print a line of progress at once, also into a pipe."""
     typer.echo(line)
     sys.stdout.flush()
 
 
 def refuse_existing(folder: Path) -> None:
+    """Raises `OutputError` where `folder` exists: a finished checkpoint is not written over."""
     if folder.exists():
         raise OutputError(f"{folder} exists.", "Choose another --output; nothing was touched.")

@@ -9,6 +9,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from hyperfade.errors import RecipeError
+from hyperfade.formats import Dtype
 from hyperfade.recipe.reading import read, refusal
 from hyperfade.recipe.replace import Replace
 from hyperfade.recipe.section import Section
@@ -58,15 +59,13 @@ class Recipe(Section):
     )
     output: Path = Field(Path("runs/compressed"), description="folder for the checkpoint, results and report")
     seed: int = Field(default=0, ge=0, description="seed of everything random")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype the model runs in")
+    dtype: Dtype = Field(default="bfloat16", description="dtype the model runs in")
     attention: Literal["sdpa", "eager"] | None = Field(
         default=None,
         description="attention the models run with here; eager trains short sequences faster on a CPU"
         " [default: transformers' choice]",
     )
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="dtype on disk [default: dtype]"
-    )
+    save_dtype: Dtype | None = Field(default=None, description="dtype on disk [default: dtype]")
     replace: Replace = Replace()
     fit: Fit = Fit()
     train: Train = Train()

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from hyperfade.formats import Format
 from hyperfade.recipe.section import Number, Section
 
 
@@ -122,7 +123,7 @@ class Train(Section):
 class Quantize(Section):
     """Rounding of the finished model's matrices to few bits, after training. A word alone means `to`."""
 
-    to: Literal["int8", "int4", "nf4", "fp8"] = Field(description="format of the matrices")
+    to: Format = Field(description="format of the matrices")
     group_size: int | None = Field(
         default=None, ge=0, description="neighbours that share a scale, 0 for rows [default: int4 and nf4 64, others 0]"
     )
