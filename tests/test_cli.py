@@ -20,7 +20,7 @@ from hyperfade import cli
 from hyperfade.hub import EMBEDDED_FOLDER
 from hyperfade.measure import evaluate, read_answers
 from hyperfade.recipe import Recipe
-from hyperfade.recipe_keys import describe
+from hyperfade.recipe.keys import describe
 
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
 EMBEDDED = str(EMBEDDED_FOLDER)

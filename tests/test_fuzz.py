@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from hyperfade.cli import _recipe
+from hyperfade.cli.shared import chosen_recipe
 from hyperfade.data import open_source
 from hyperfade.data.examples import open_image, read_row
 from hyperfade.distill import CachedTeacher, latest_step
@@ -98,7 +98,7 @@ def test_recipe_fields_of_anything(fields: dict[str, Any]) -> None:
 @example("model=\0")
 def test_changes_of_anything(change: str) -> None:
     with suppress(RecipeError):
-        _recipe("quarter", [change])
+        chosen_recipe("quarter", [change])
 
 
 @given(st.text(max_size=12) | st.sampled_from(["..", "../x", "/etc", "a/b", ".", "a\n", "~", "model", ""]))

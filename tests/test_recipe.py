@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from hyperfade.errors import RecipeError
 from hyperfade.recipe import SHIPPED_RECIPES, Fit, Layer, Quantize, Recipe, Replace, Rival, Rule, Train
-from hyperfade.recipe_keys import describe
+from hyperfade.recipe.keys import describe
 
 SHIPPED = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 

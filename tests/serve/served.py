@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyperfade.compose.quantize import quantize_
 from hyperfade.distill import fit_
+from hyperfade.formats import Format
 from hyperfade.hub import fold_, load, load_processor, mark_, save
-from hyperfade.nn import Format, light_modules
+from hyperfade.nn import light_modules
 from hyperfade.recipe import Fit, Layer, Replace, Rule
 from hyperfade.surgery import plan, swap_
 

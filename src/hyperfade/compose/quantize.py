@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
+from hyperfade.formats import Format
 from hyperfade.nn import (
     ExpertsLowRank,
     ExpertsPHM,
-    Format,
     LowBit,
     LowBitLinear,
     PHMLinear,

@@ -36,8 +36,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hyperfade.errors import CheckpointError
+from hyperfade.formats import Format
 from hyperfade.hub.integrity import AGAIN, verify_safetensors
-from hyperfade.nn import Format, LightSpec, LowBit, LowBitLinear, bitsandbytes, pack_
+from hyperfade.nn import LightSpec, LowBit, LowBitLinear, bitsandbytes, pack_
 from hyperfade.surgery import install_, join_readers_, tensor_names
 
 METHOD = "hyperfade"

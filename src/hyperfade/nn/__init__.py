@@ -3,7 +3,7 @@
 from hyperfade.nn.blend import BlendLinear
 from hyperfade.nn.experts import ExpertsLinear, ExpertsLowRank, ExpertsPHM, Groups
 from hyperfade.nn.joint import JointReading
-from hyperfade.nn.low_bit import Format, LowBit, LowBitLinear, bitsandbytes, fitting_group, low_bit_modules
+from hyperfade.nn.low_bit import LowBit, LowBitLinear, bitsandbytes, fitting_group, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.mixture import ArrangedExperts, RoutedExperts
 from hyperfade.nn.narrow import NarrowLinear
@@ -16,7 +16,6 @@ __all__ = [
     "ExpertsLinear",
     "ExpertsLowRank",
     "ExpertsPHM",
-    "Format",
     "Groups",
     "JointReading",
     "Light",

@@ -17,16 +17,16 @@ only; everywhere else W is rebuilt for the call.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.errors import MissingLibraryError
+from hyperfade.formats import Format
 from hyperfade.nn.int4 import GROUPS, for_the_kernel, from_the_kernel, one_to_a_byte, two_to_a_byte
 
-Format = Literal["int8", "int4", "nf4", "fp8"]
 SMALLEST_GROUP = 32  # below, the scales weigh more than the bits they save
 _MOST_KERNEL_ROWS = {"int8": 16, "int4": 96}  # with more, rebuilding W once is faster
 _KERNEL_STEP = 16  # int8 widths that are no multiples of it make torch's kernel read beyond the end

@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from hyperfade.recipe import Recipe
+from hyperfade.recipe.recipe import Recipe
 
 
 def describe() -> list[str]:

@@ -1,0 +1,68 @@
+"""Commands that write a finished checkpoint in another form."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from hyperfade.cli.shared import refuse_existing
+from hyperfade.formats import Format
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, compressed or dense, or `embedded`.")],
+    to: Annotated[Format, typer.Option(help="Format of the matrices.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the new checkpoint.", show_default="MODEL-TO")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Neighbours that share a scale, 0 for rows.", show_default="64 for int4 and nf4, else 0"
+        ),
+    ] = None,
+    rest: Annotated[
+        bool, typer.Option("--rest", help="Attention and the other linears too; never output head and embeddings.")
+    ] = False,
+) -> None:
+    """Round a checkpoint's FFNs to few bits, as torchao or bitsandbytes do; the result loads like any other."""
+    from hyperfade.compose.quantize import check_format, quantize_
+    from hyperfade.hub import load, load_processor, mark_, save
+    from hyperfade.measure import disk_bytes
+
+    check_format(to, group_size)
+    folder = output or Path(f"{model.rstrip('/')}-{to}")
+    refuse_existing(folder)
+    loaded, processor = load(model), load_processor(model)
+    report = quantize_(loaded, to, group_size, rest)
+    mark_(loaded)
+    save(loaded, folder, processor)
+    typer.echo("\n".join([*report.lines(), f"{folder}: {disk_bytes(folder) / 1e6:.2f} MB of weights"]))
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Compressed or quantized checkpoint folder.")],
+    to: Annotated[
+        Literal["dense", "onnx"],
+        typer.Option(help="dense: a plain checkpoint, every matrix materialised. onnx: the forward pass, in float32."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="MODEL-TO")] = None,
+) -> None:
+    """Write a model for tools that know nothing of hyperfade."""
+    from hyperfade.compose.export import densify_, example_of, export_onnx
+    from hyperfade.hub import load, load_processor, save, write_folder
+    from hyperfade.measure import disk_bytes
+
+    folder = output or Path(f"{model.rstrip('/')}-{to}")
+    refuse_existing(folder)
+    processor = load_processor(model)
+    if to == "onnx":
+        loaded = load(model, "float32")
+        write_folder(folder, lambda target: export_onnx(loaded, example_of(loaded, processor), target / "model.onnx"))
+        megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        typer.echo(f"{folder / 'model.onnx'}: {megabytes:.2f} MB in float32, whole sequences, without a cache")
+        return
+    loaded = load(model)
+    count = len(densify_(loaded))
+    save(loaded, folder, processor)
+    before = f", {disk_bytes(Path(model)) / 1e6:.2f} MB before" if Path(model).is_dir() else ""
+    typer.echo(f"{folder}: {count} matrices materialised, {disk_bytes(folder) / 1e6:.2f} MB of weights{before}")
+    typer.echo("It loads without hyperfade, and saves nothing: neither memory nor time.")
