@@ -76,7 +76,7 @@ def make_language(args: argparse.Namespace, method: str, folder: Path, moments: 
         )
         save(alone, folder, load_processor(args.model).tokenizer)
         return
-    dense = str(place(args, "language", "dense", "bf16"))
+    dense = str(checkpoint(args, "language", "dense", "bf16", moments))
     settings = argparse.Namespace(**vars(args) | {"model": dense})
     model, _ = compressed(both(layer), sequences(dense, args.text, args.test), settings, moments)
     if blends(model):
@@ -137,12 +137,12 @@ def prompt(name: str, folder: Path, text: Path) -> dict[str, Tensor]:
 
 def speeds(args: argparse.Namespace, name: str) -> dict[str, dict[str, dict[str, Any]]]:
     """By format and method; speed-ups are against the dense model of that format. Dense in bfloat16 is in all."""
-    made = [method for method in METHODS if place(args, name, method, "bf16").exists()]
-    folders = {(to, method): checkpoint(args, name, method, to, {}) for to in FORMATS for method in made}
+    moments: dict[str, Tensor] = {}
+    folders = {(to, method): checkpoint(args, name, method, to, moments) for to in FORMATS for method in METHODS}
     asked = prompt(name, folders["bf16", "dense"], args.text)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for to in FORMATS:
-        names = {method: folders[to, method] for method in made} | {"dense bf16": folders["bf16", "dense"]}
+        names = {method: folders[to, method] for method in METHODS} | {"dense bf16": folders["bf16", "dense"]}
         models = {method: load(str(folder), "bfloat16") for method, folder in names.items()}
         own = compare_speed(models, asked, new_tokens=args.new_tokens, rounds=args.rounds)
         found[to] = {method: asdict(speed) for method, speed in own.items()}
@@ -160,7 +160,7 @@ def main() -> None:
     """Measure what the results file lacks; or, with --speed, all speeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--speed", action="store_true", help="time the checkpoints that are there")
+    add("--speed", action="store_true", help="time the checkpoints; those that are missing are made first")
     add("--model", default="runs/reference/untrained", help="a LLaVA of SmolLM2-135M; made by make reference")
     add("--text", type=Path, required=True, help="folder with WikiText-2's valid.txt and test.txt")
     add("--output", type=Path, default=Path("runs/stacking"), help="folder of the checkpoints")
