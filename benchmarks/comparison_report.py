@@ -98,11 +98,23 @@ def perplexity_table(kept: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def kept_table(kept: dict[str, Any]) -> str:
+    """The models of all sizes in short: what each keeps of the dense model's scores, and how like it they are."""
+    tasks = list(kept["dense"]["scores"])
+    cells = sorted(best_rates(kept["cells"]), key=lambda c: (-c["ffn_params_ratio"], c["agreement"]["after"]["kl"]))
+    rows = [
+        [f"{cell['ffn_params_ratio']:.1%}", cell["method"], *(_kept(cell, task) for task in tasks), *_agreement(cell)]
+        for cell in cells
+    ]
+    head = ["FFN parameters", "method", *(f"{task} kept" for task in tasks)]
+    return table([*head, "same next token before → after", "KL before → after"], rows)
+
+
 def with_comparison(readme: str, kept: Kept) -> str:
     """The README's text with the part between the markers made anew."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    return f"{head}{BEGIN}{marker}\n{perplexity_table(kept['perplexity'])}\n{END}{rest.split(END, 1)[1]}"
+    return f"{head}{BEGIN}{marker}\n{kept_table(kept['comparison'])}\n{END}{rest.split(END, 1)[1]}"
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
@@ -186,7 +198,7 @@ def ablation_table(kept: dict[str, Any]) -> str:
     rows = [
         [
             cell["change"],
-            *(f"{cell['retention'][task]:.1%}" if cell["retention"][task] is not None else "-" for task in tasks),
+            *(_kept(cell, task) for task in tasks),
             *_agreement(cell),
             f"{cell['ffn_params_ratio']:.1%}",
             f"{cell['train_seconds']:.0f} s",
@@ -283,6 +295,11 @@ def _score(own: dict[str, Any]) -> str:
     metric, difference = own["headline"], own.get("against_dense")
     differs = difference is not None and not difference["low"] <= 0 <= difference["high"]
     return score_text(metric, own[metric]) + ("*" if differs else "")
+
+
+def _kept(cell: dict[str, Any], task: str) -> str:
+    share = cell["retention"][task]
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _agreement(cell: dict[str, Any]) -> tuple[str, str]:

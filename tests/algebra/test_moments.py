@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperfade.algebra import SecondMoment, output_error
+from hyperfade.algebra import SecondMoment, output_error, shrunk
 from hyperfade.algebra.moments import conditioned, solve_psd
 from hyperfade.errors import FitError
 
@@ -19,6 +19,27 @@ def test_accumulates_the_mean_outer_product_in_float64(dtype: torch.dtype) -> No
     mean = moment.mean()
     assert mean.dtype == torch.float64
     torch.testing.assert_close(mean, x.T @ x / 19, rtol=1e-13, atol=1e-15)  # seen 0
+
+
+@pytest.mark.parametrize("features", [127, 300, 1100])
+def test_strips_give_the_whole_symmetric_sum(features: int) -> None:
+    x = torch.randn(50, features, dtype=torch.float64)
+    moment = SecondMoment(features)
+    moment.add_(x[:20])
+    moment.add_(x[20:])
+    mean = moment.mean()
+    assert torch.equal(mean, mean.T)
+    torch.testing.assert_close(mean, x.T @ x / 50, rtol=1e-12, atol=1e-14)  # seen 1e-15 absolute
+
+
+def test_the_average_of_all_counts_as_tokens_of_each() -> None:
+    inputs = [torch.randn(tokens, 300, dtype=torch.float64) for tokens in (7, 0, 5)]
+    moments = [SecondMoment(300) for _ in inputs]
+    for moment, x in zip(moments, inputs, strict=True):
+        moment.add_(x)
+    average = sum(x.T @ x for x in inputs) / 12
+    for mean, x in zip(shrunk(moments, 4.0), inputs, strict=True):
+        torch.testing.assert_close(mean, (x.T @ x + 4 * average) / (len(x) + 4), rtol=1e-12, atol=1e-14)  # seen 1e-15
 
 
 def test_small_inputs_survive_massive_ones() -> None:

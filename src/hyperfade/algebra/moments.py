@@ -1,20 +1,22 @@
 """Second moments of layer inputs, and the two numerical tools every fit shares."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hyperfade.errors import FitError
 
+_LEAST_ROWS = 128  # of a strip: products with fewer are slower than what they save
 _ROWS = 512  # rows of W handled at a time where a temporary of W's size would be in the way
 
 
 class SecondMoment:
     """Accumulates C = E[x xᵀ] over tokens in float64, whatever the model's dtype.
 
-    float32 sums of a language model's massive activations come out indefinite; float64 sums do not.
+    float32 sums of a language model's massive activations come out indefinite; float64 sums do not. Below the diagonal
+    C is the mirror of what is above, so only strips from the diagonal on are summed.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
@@ -24,7 +26,8 @@ class SecondMoment:
     def add_(self, inputs: Tensor) -> None:
         """Add tokens: inputs (..., features)."""
         tokens = in_float64(inputs).reshape(-1, inputs.shape[-1]).to(self._sum.device)
-        self._sum.addmm_(tokens.T, tokens)
+        for first, last in self._strips():
+            self._sum[first:last, first:].addmm_(tokens[:, first:last].T, tokens[:, first:])
         self.num_tokens += tokens.shape[0]
 
     def merge_(self, sum_: Callable[[Sequence[Tensor]], None]) -> None:
@@ -36,11 +39,25 @@ class SecondMoment:
 
     def mean(self) -> Tensor:
         """C (features, features), float64. Takes the accumulator's memory: the object is empty afterwards."""
-        if not self.num_tokens:
+        num_tokens = self.num_tokens
+        if not num_tokens:
             raise FitError("No input reached the layer during calibration.", "Exclude the layer, or give other data.")
-        result = self._sum.div_(self.num_tokens)
-        self._sum, self.num_tokens = torch.zeros_like(result[:0]), 0
-        return result
+        return self.take().div_(num_tokens)
+
+    def take(self) -> Tensor:
+        """The sum over tokens, whole: (features, features), float64. The object is empty afterwards."""
+        for first, last in self._strips():
+            own = self._sum[first:last, first:last]
+            own.copy_(own.triu() + own.triu(1).T)
+            self._sum[last:, first:last] = self._sum[first:last, last:].T
+        whole, self._sum, self.num_tokens = self._sum, self._sum.new_zeros(0, len(self._sum)), 0
+        return whole
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
+        """Rows that are summed together, an eighth of all: their first, and the one after their last."""
+        features, rows = len(self._sum), max(_LEAST_ROWS, math.ceil(len(self._sum) / 8))
+        for first in range(0, features, rows):
+            yield first, min(first + rows, features)
 
 
 def shrunk(moments: Sequence[SecondMoment], prior_tokens: float) -> list[Tensor]:
@@ -49,15 +66,15 @@ def shrunk(moments: Sequence[SecondMoment], prior_tokens: float) -> list[Tensor]
     total = sum(moment.num_tokens for moment in moments)
     if not total:
         raise FitError("No input reached any expert during calibration.", "Exclude them, or give other data.")
-    average = torch.zeros_like(moments[0]._sum)
-    for moment in moments:
-        average.add_(moment._sum, alpha=1 / total)
-    results = []
-    for moment in moments:
-        weight = moment.num_tokens + prior_tokens
-        results.append(moment._sum.add_(average, alpha=prior_tokens).div_(weight) if weight else average)
-        moment._sum, moment.num_tokens = torch.zeros_like(average[:0]), 0
-    return results
+    tokens = [moment.num_tokens for moment in moments]
+    sums = [moment.take() for moment in moments]
+    average = torch.zeros_like(sums[0])
+    for each in sums:
+        average.add_(each, alpha=1 / total)
+    return [
+        each.add_(average, alpha=prior_tokens).div_(count + prior_tokens) if count + prior_tokens else average
+        for each, count in zip(sums, tokens, strict=True)
+    ]
 
 
 def in_float64(x: Tensor) -> Tensor:
