@@ -206,7 +206,8 @@ def test_inspect_of_the_papers_model_prints_the_papers_sizes(tmp_path: Path, cal
 def test_inspect_follows_the_changes(call: Any) -> None:
     _, quarter, _ = call("inspect", EMBEDDED)
     _, half, _ = call("inspect", EMBEDDED, "-r", "half")
-    _, changed, _ = call("inspect", EMBEDDED, "-s", "replace.language.products=8", "-s", "replace.vision.products=8")
+    changes = ("-s", "replace.language.width=0.6667", "-s", "replace.vision.width=0.6667")
+    _, changed, _ = call("inspect", EMBEDDED, *changes)
     assert "keep 25" in quarter
     assert half == changed != quarter
     _, language_only, _ = call("inspect", EMBEDDED, "--set", "replace.vision=null")
@@ -315,7 +316,11 @@ def test_benchmark_with_a_recipe_times_a_models_ffns_from_its_config_alone(tmp_p
     rows = [line.split() for line in output.splitlines() if line.endswith(("×", ")"))]
     assert [row[0] for row in rows] == ["1", "8"] * 4  # three kinds, and language together
     written = json.loads(file.read_text(encoding="utf-8"))
-    assert {tuple(ffn["labels"]) for ffn in written["ffns"]} == {("products n=4 R=4",), ("products n=2 R=2",)}
+    assert {tuple(ffn["labels"]) for ffn in written["ffns"]} == {
+        ("products n=4 R=12 192→256", "products n=4 R=12 256→192"),
+        ("products n=4 R=12 256→1024", "products n=4 R=12 1024→256"),
+        ("products n=2 R=2",),
+    }
     times = written["ffns"][0]["times"]["8"]
     assert times["dense"]["flops"] == 2 * 8 * 2 * 192 * 768
     assert times["compressed"]["weight_bytes"] < times["dense"]["weight_bytes"] / 3.5

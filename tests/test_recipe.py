@@ -15,7 +15,7 @@ SHIPPED = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 
 
 def test_the_four_recipes_ship() -> None:
-    assert SHIPPED == ["demo", "half", "paper", "quarter"]
+    assert SHIPPED == ["demo", "eighth", "half", "paper", "quarter"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -47,12 +47,12 @@ def test_a_shipped_recipe_says_what_its_file_says(name: str) -> None:
     check(fields, Recipe.load(name), name)
 
 
-def test_the_shipped_sizes_are_what_their_names_say() -> None:
-    quarter, half = Recipe.load("quarter").replace.language, Recipe.load("half").replace.language
-    assert quarter is not None
-    assert half is not None
-    assert (quarter.products or quarter.n or 0) / (quarter.n or 0) ** 2 == 1 / 4
-    assert (half.products or 0) / (half.n or 0) ** 2 == 1 / 2
+@pytest.mark.parametrize(("name", "fraction"), [("half", 1 / 2), ("quarter", 1 / 4), ("eighth", 1 / 8)])
+def test_the_shipped_sizes_are_what_their_names_say(name: str, fraction: float) -> None:
+    replace = Recipe.load(name).replace
+    for layer in (replace.language, replace.vision):
+        assert layer is not None
+        assert (layer.products or 0) / (layer.n or 0) ** 2 * (layer.width or 1) == pytest.approx(fraction, abs=1e-4)
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "'1e-5'", "0.00001"])
@@ -178,7 +178,7 @@ def test_a_budget_that_cannot_be_distributed_is_refused(fields: dict[str, Any], 
 def test_a_file_that_is_missing_or_no_yaml_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"Cannot read recipe 'quartet'") as error:
         Recipe.load("quartet")
-    assert "demo, half, paper, quarter" in error.value.hint
+    assert "demo, eighth, half, paper, quarter" in error.value.hint
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: [1, 2", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"broken\.yaml is not YAML") as error:

@@ -147,9 +147,23 @@ def test_rules_reach_one_matrix_of_the_experts_and_the_other_stays_dense() -> No
         assert sum(p.numel() for p in model.parameters()) == the_plan.parameters_after
 
 
+def test_experts_lose_products_or_rank_in_place_of_hidden_units() -> None:
+    model = tiny("qwen3_moe")
+    for narrow, whole in (
+        (Layer(n=4, products=12, width=0.5), Layer(n=4, products=6)),
+        (Layer(n=4, width=0.1), Layer(n=4, products=1)),
+        (Layer(kind="low_rank", fraction=0.5, width=0.5), Layer(kind="low_rank", fraction=0.25)),
+    ):
+        found, expected = (
+            {s.name: s.spec for s in plan(model, Replace(language=layer, vision=None)).swaps if ".experts." in s.name}
+            for layer in (narrow, whole)
+        )
+        assert found == expected != {}
+
+
 def test_what_experts_cannot_be_is_said() -> None:
     model = tiny("qwen3_moe")
-    with pytest.raises(AllExcludedError, match="keep all their hidden units"):
+    with pytest.raises(AllExcludedError, match="keeps all its hidden units"):
         plan(model, Replace(language=Layer(kind="dense", width=0.5), vision=None))
     with pytest.raises(AllExcludedError, match="min_weight_elements"):
         plan(model, Replace(vision=None, min_weight_elements=10**6))

@@ -163,7 +163,7 @@ def test_matrices_of_one_width_may_become_different_kinds() -> None:
 
 
 @pytest.mark.parametrize("name", ["paligemma", "idefics3", "blip2_opt"])
-def test_a_projector_of_one_matrix_has_no_hidden_units_to_lose(name: str) -> None:
+def test_a_projector_of_one_matrix_loses_products_in_place_of_hidden_units(name: str) -> None:
     model = FAMILIES[name].meta()
 
     def of(layer: Layer) -> Plan:
@@ -172,12 +172,12 @@ def test_a_projector_of_one_matrix_has_no_hidden_units_to_lose(name: str) -> Non
     single = {ffn.name for ffn in find_ffns(model) if ffn.region == "projector" and not ffn.readers}
     with_width, without = (
         {swap.name: swap.spec for swap in the_plan.swaps if swap.ffn in single}
-        for the_plan in (of(Layer(n=4, width=0.5)), of(Layer(n=4)))
+        for the_plan in (of(Layer(n=4, width=0.5)), of(Layer(n=4, products=2)))
     )
     assert with_width == without != {}
     assert all(spec.replaced is None for spec in with_width.values())
-    with pytest.raises(PlanError, match="would not shrink"):  # nothing but the width would make it smaller
-        of(NARROW["dense"])
+    beside = plan(model, Replace(language=None, vision=Layer(n=4), projector=NARROW["dense"]))
+    assert {name for name, reason in beside.kept if "kind 'dense' has a width only" in reason} == single
 
 
 # --- a fraction -------------------------------------------------------------------------------------------------------

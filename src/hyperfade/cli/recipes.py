@@ -83,7 +83,7 @@ def demo(
 
 def recipe(
     name: Annotated[
-        str, typer.Argument(help="A YAML file, or a recipe that ships: quarter, half, paper, demo.")
+        str, typer.Argument(help="A YAML file, or a recipe that ships: half, quarter, eighth, paper, demo.")
     ] = "quarter",
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its meaning and default instead.")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hyperfade.recipe import Recipe
 
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="A YAML file, or a recipe that ships: quarter, half, paper, demo.")
+    str, typer.Option("--recipe", "-r", help="A YAML file, or a recipe that ships: half, quarter, eighth, paper, demo.")
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Change one key, e.g. --set train.polish_steps=500. Repeatable.")

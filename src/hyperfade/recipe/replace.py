@@ -69,6 +69,19 @@ class Layer(Section):
             raise ValueError(f"kind {self.kind!r} has no companion: it is for hypercomplex layers")
         return self
 
+    def at_full_width(self) -> "Layer | None":
+        """A layer of the same size for where all hidden units stay: its matrices get smaller instead, by fewer products
+        or a lower rank. None for kinds that have no such size."""
+        if self.width is None:
+            return self
+        size: dict[str, Any] = {}
+        if self.kind == "products":
+            assert self.n is not None
+            size["products"] = max(1, round(self.width * (self.products or self.n)))
+        if self.fraction is not None:
+            size["fraction"] = self.width * self.fraction
+        return self.model_copy(update={"width": None, **size}) if size else None
+
 
 class Rule(Section):
     """An exception to the regional choice. The last rule that matches a matrix wins."""

@@ -176,9 +176,9 @@ def _choose(choice: Replace, ffn: FFN, name: str, linear: Dense, ffns: tuple[FFN
         among_last = rule.last_layers is None or ffn.name in region[-rule.last_layers :]
         if fnmatchcase(name, rule.match) and rule.region in (None, ffn.region) and among_last:
             layer, reason = rule.layer, f"kept dense by the rule {rule.match!r}"
-    if layer is not None and layer.width is not None and ffn.experts:
-        return None, "of experts, which keep all their hidden units: give them a layer without a width"
-    return layer, reason
+    if layer is None or layer.width is None or (ffn.readers and not ffn.experts):
+        return layer, reason
+    return layer.at_full_width(), f"of an FFN that keeps all its hidden units, and kind {layer.kind!r} has a width only"
 
 
 def spec_of(layer: Layer, linear: Dense, ffn: FFN, name: str) -> LightSpec:
