@@ -38,7 +38,7 @@ def shown_loss(kept: Kept, name: str, method: str, to: str) -> str:
 def speed_columns(kept: Kept, name: str, method: str, to: str) -> list[str]:
     """Decode against the dense model of the same bits with quartiles, then prefill and decode against dense bf16."""
     group = kept.get("speed", {}).get(name, {}).get(to)
-    if group is None:
+    if group is None or method not in group:
         return ["", "", ""]
     own, whole = group[method], group["dense bf16"]
     same = "" if method == "dense" else ratio((own["decode_speedup"], *own["decode_speedup_range"]))
