@@ -101,7 +101,10 @@ def perplexity_table(kept: dict[str, Any]) -> str:
 def kept_table(kept: dict[str, Any]) -> str:
     """The models of all sizes in short: what each keeps of the dense model's scores, and how like it they are."""
     tasks = list(kept["dense"]["scores"])
-    cells = sorted(best_rates(kept["cells"]), key=lambda c: (-c["ffn_params_ratio"], c["agreement"]["after"]["kl"]))
+    cells = sorted(
+        best_rates(kept["cells"]),
+        key=lambda cell: (-round(cell["ffn_params_ratio"], 2), cell["agreement"]["after"]["kl"]),
+    )
     rows = [
         [f"{cell['ffn_params_ratio']:.1%}", cell["method"], *(_kept(cell, task) for task in tasks), *_agreement(cell)]
         for cell in cells
