@@ -55,6 +55,7 @@ benchmark-quality: reference
 	$(BIN)/python benchmarks/stacking.py --text $(TEXT)
 	$(BIN)/python benchmarks/stacking.py --text $(TEXT) --speed
 	$(BIN)/python benchmarks/low_bit_forms.py
+	$(BIN)/python benchmarks/low_bit_model.py
 	$(BIN)/python benchmarks/quantization_report.py
 
 # docs/speed.md on this processor; each step stops after its --minutes, and goes on with what is missing when repeated

@@ -7,6 +7,7 @@ from typing import Any
 
 import stacking_report
 from low_bit_forms import RESULTS as FORMS
+from low_bit_model import RESULTS as LARGE
 from quantization import BITS, RESULTS
 from report_pieces import table
 from stacking import RESULTS as STACKING
@@ -125,7 +126,9 @@ def section(name: str, cells: Cells) -> list[str]:
     ]
 
 
-def page(kept: Mapping[str, Any], stacked: Mapping[str, Any], forms: Mapping[str, Any]) -> str:
+def page(
+    kept: Mapping[str, Any], stacked: Mapping[str, Any], forms: Mapping[str, Any], large: Mapping[str, Any]
+) -> str:
     """The whole page."""
     machine, settings = kept["machine"], kept["settings"]
     facts = (
@@ -140,6 +143,7 @@ def page(kept: Mapping[str, Any], stacked: Mapping[str, Any], forms: Mapping[str
         words,
         facts,
         *stacking_report.section(stacked),
+        *stacking_report.large_section(large),
         *stacking_report.calls_section(forms),
     ]
     for name in TITLES:
@@ -150,13 +154,13 @@ def page(kept: Mapping[str, Any], stacked: Mapping[str, Any], forms: Mapping[str
 
 def kept_results() -> list[Any]:
     """What the page is made of, in the order that `page` takes it."""
-    return [read_json(path) for path in (RESULTS, STACKING, FORMS)]
+    return [read_json(path) for path in (RESULTS, STACKING, FORMS, LARGE)]
 
 
 def main() -> None:
     """Write the page and the README's table."""
-    kept, stacked, forms = kept_results()
-    PAGE.write_text(page(kept, stacked, forms), encoding="utf-8")
+    kept, stacked, forms, large = kept_results()
+    PAGE.write_text(page(kept, stacked, forms, large), encoding="utf-8")
     README.write_text(stacking_report.with_stacking(README.read_text(encoding="utf-8"), stacked), encoding="utf-8")
 
 

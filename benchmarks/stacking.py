@@ -41,7 +41,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "products n=4": {"kind": "products", "n": 4},
     "products n=2": {"kind": "products", "n": 2},
-    "products on a third of the units": {"kind": "products", "n": 4, "products": 12, "width": 0.3333},
     "low-rank 1/4": {"kind": "low_rank", "fraction": 0.25},
 }
 FORMATS = ("bf16", "int8", "int4")

@@ -117,6 +117,32 @@ def footnote(kept: Kept) -> str:
     return text
 
 
+def large_section(kept: Kept) -> list[str]:
+    """Decoding at the shapes of a model of billions."""
+    speeds = kept["speeds"]
+    rows = [
+        [
+            name,
+            f"{1000 * own['decode_seconds_per_token']:.0f} ms",
+            ratio((own["decode_speedup"], *own["decode_speedup_range"])),
+            ratio((own["prefill_speedup"], *own["prefill_speedup_range"])),
+        ]
+        for name, own in speeds.items()
+    ]
+    own = speeds["products n=4, int4"]
+    said = ratio((own["decode_speedup"], *own["decode_speedup_range"]))
+    facts = kept["machine"]
+    return [
+        "### A model of billions, in few bits",
+        f"{kept['model']} at its true shapes with random weights, text alone, {kept['prompt_tokens']} tokens of prompt "
+        "(`benchmarks/low_bit_model.py`): all FFNs in int4 by groups of 64, everything else in bfloat16. Against dense "
+        f"in int4, medians and quartiles over alternating rounds. {facts['processor']}, {facts['threads']} threads, "
+        f"torch {facts['torch']}, {facts['date']}.",
+        table(["FFNs", "per token", "decode", "prefill"], rows),
+        f"- {_line(f'products n=4 in int4 decode {said} as fast as dense in int4', own['decode_speedup'] >= 1)}",
+    ]
+
+
 def section(kept: Kept) -> list[str]:
     """The part of the page on rounding."""
     return [

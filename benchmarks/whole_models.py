@@ -51,24 +51,29 @@ def built(name: str, dtype: torch.dtype = torch.bfloat16, period: int | None = N
     return model.eval()
 
 
+def twin(dense: Any) -> Any:
+    """A copy of the modules around the same weights."""
+    return copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+
+
 def compressed(dense: Any, name: str, variant: str, period: int | None = None) -> tuple[Any, Plan]:
     """A model with the variant's FFNs that shares everything else with `dense`, which was built with the same period;
     and the plan of the true model."""
     whole = plan(MODELS[name].skeleton(), replacement(variant))
-    light = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+    light = twin(dense)
     specs = {swap.name: swap.spec for swap in whole.swaps}
     first: dict[Any, str] = {}  # FFNs with the same storage and the same replacement share it again
-    twins: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for ffn in whole.ffns:
         kind = (_home(ffn.name + ".", period), *(specs.get(linear) for linear in ffn.linears))
-        twins[ffn.name] = first.setdefault(kind, ffn.name)
-    own = tuple(swap for swap in whole.swaps if twins[swap.ffn] == swap.ffn)
+        owners[ffn.name] = first.setdefault(kind, ffn.name)
+    own = tuple(swap for swap in whole.swaps if owners[swap.ffn] == swap.ffn)
     swap_(light, Plan(own, whole.ffns, whole.parameters_before, whole.kept, whole.missing))
     set_alpha_(light, 1.0)
     fold_(light)
-    for ffn, twin in twins.items():
-        if twin != ffn:
-            light.set_submodule(ffn, light.get_submodule(twin))
+    for ffn, owner in owners.items():
+        if owner != ffn:
+            light.set_submodule(ffn, light.get_submodule(owner))
     light.requires_grad_(False)
     return light.eval(), whole
 
