@@ -6,7 +6,7 @@
     python benchmarks/quantization_report.py
 
 A cell is a model, dense or with all its FFNs replaced, in bfloat16 or with its FFNs rounded. The model that ships is
-compressed by the demo's recipe and answers questions; SmolLM2-135M is compressed as in `perplexity.py`, and scored by
+trained as in the demo and answers questions; SmolLM2-135M is compressed as in `perplexity.py`, and scored by
 its perplexity. Rounding is what `hyperfade quantize` does. Checkpoints stay in the output folder, and a cell that is in
 the results file is not run again. Speeds are measured in one go, in rounds that take every method of a format in turn.
 """

@@ -106,7 +106,7 @@ def footnote(kept: Kept) -> str:
     """Settings and machines."""
     own = kept["settings"]
     text = (
-        f"The model that ships: the demo's recipe, exact match on {own['examples']:,} questions. SmolLM2-135M: "
+        f"The model that ships: trained as in the demo, exact match on {own['examples']:,} questions. SmolLM2-135M: "
         f"{own['steps']} steps, perplexity on {own['test']} sequences of WikiText-2's test set. int8 by rows, int4 by "
         f"groups of {own['group']}; attention, embeddings and head in bfloat16."
     )
