@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperfade.errors import FitError
 
-_LEAST_ROWS = 128  # of a strip: products with fewer are slower than what they save
+_LEAST_ROWS = 128  # of a strip: narrower ones gain little or lose (docs/log.md)
 _ROWS = 512  # rows of W handled at a time where a temporary of W's size would be in the way
 
 
