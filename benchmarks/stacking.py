@@ -41,6 +41,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "products n=4": {"kind": "products", "n": 4},
     "products n=2": {"kind": "products", "n": 2},
+    "terms n=4": {"kind": "learned", "n": 4, "terms": 4},
+    "recipe quarter": Recipe.load("quarter").model_dump(mode="json", exclude_defaults=True)["replace"]["language"],
     "low-rank 1/4": {"kind": "low_rank", "fraction": 0.25},
 }
 FORMATS = ("bf16", "int8", "int4")
