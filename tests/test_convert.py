@@ -305,8 +305,7 @@ def test_memory_holds_an_ffn_and_a_file_and_never_the_model(tmp_path: Path) -> N
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     grown = json.loads(done.stdout.splitlines()[-1])
     assert grown["from disk"] < whole / 2  # observed: 23 MB
-    # observed: 136 to 155 MB, as much of it lands in memory that the process has already: what the bound has to tell apart
-    assert grown["in memory"] > whole / 2
+    assert grown["in memory"] > whole / 2  # observed: 136 to 155 MB, by the way that the bound above has to tell apart
 
 
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
