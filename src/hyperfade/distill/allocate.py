@@ -32,24 +32,16 @@ from torch import Tensor, nn
 from hyperfade.algebra import rank_errors
 from hyperfade.distill.activations import Batch, second_moments, sensitivities
 from hyperfade.distill.knapsack import cheapest
-from hyperfade.errors import PlanError
-from hyperfade.nn import LightSpec
-from hyperfade.recipe import Layer, Region, Replace, Rule
+from hyperfade.distill.sizes import Item, Option, items_of, same_share, size_text, sizes_of
+from hyperfade.recipe import Region, Replace, Rule
 from hyperfade.surgery import (
-    FFN,
-    Dense,
     contribution_order,
     features,
-    human,
     kept_errors,
-    kept_units,
-    plan,
-    spec_of,
     weight_of,
 )
 
 _UNITS = 1 << 16  # of the budget's scale: costs are rounded up to one, which 200 matrices notice in the third digit
-_LEVELS = 32  # sizes per matrix, evenly spaced by ratio from an eighth of the budget on
 _MOMENTS_BYTES = 2 << 30  # of second moments in memory at a time
 
 
@@ -99,38 +91,6 @@ class Allocation:
         return cls(**{**fields, "replace": Replace.model_validate(fields["replace"]), "shares": shares})
 
 
-@dataclass(frozen=True)
-class _Item:
-    """What gets one size: all matrices of an FFN (narrow: of which hidden units are kept), or one matrix.
-
-    measured: the matrix whose output errors count, the FFN's writer or the one itself; reads: a matrix on its input.
-    """
-
-    name: str
-    ffn: FFN
-    matrices: dict[str, Dense]
-    measured: str
-    reads: str
-    narrow: bool
-    layer: Layer
-
-    @property
-    def dense_parameters(self) -> int:
-        return sum(p.numel() for linear in self.matrices.values() for p in linear.parameters())
-
-    def specs(self, layer: Layer) -> dict[str, LightSpec]:
-        return {name: spec_of(layer, linear, self.ffn, name) for name, linear in self.matrices.items()}
-
-
-@dataclass(frozen=True)
-class _Option:
-    """One size of an item: what its matrices become (None: they stay dense) and cost."""
-
-    layer: Layer | None
-    spec: LightSpec | None
-    parameters: int
-
-
 def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge: float = 1e-6) -> Allocation:
     """Find the sizes that spend `replace.budget` on `model`, dense as it is, for the least predicted loss.
 
@@ -139,18 +99,18 @@ def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge
     where a matrix is never reached, batches have no answers, or numbers are not finite.
     """
     assert replace.budget is not None
-    items = _items(model, replace)
+    items = items_of(model, replace)
     allowed = math.floor(replace.budget * sum(item.dense_parameters for item in items))
-    ladders = [_ladder(item, replace.budget) for item in items]
-    uniform = _uniform(items, [ladder[0] for ladder in ladders], allowed)
+    ladders = [sizes_of(item, replace.budget) for item in items]
+    uniform = same_share(items, [ladder[0] for ladder in ladders], allowed)
     options = [
-        [*ladder, same, _Option(None, None, item.dense_parameters)]
+        [*ladder, same, Option(None, None, item.dense_parameters)]
         for item, ladder, same in zip(items, ladders, uniform, strict=True)
     ]
     sensitivity = sensitivities(model, {i.measured: i.matrices[i.measured] for i in items}, batches)
     error_of = _error_curves(model, items, batches, ridge)
 
-    def loss(item: _Item, option: _Option) -> float:
+    def loss(item: Item, option: Option) -> float:
         return sensitivity[item.measured] * error_of[item.name](option) ** 2
 
     unit = -(-sum(item.dense_parameters for item in items) // _UNITS)
@@ -164,7 +124,7 @@ def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge
         chosen, totals = uniform, [totals[1], totals[1]]
     shares = tuple(
         Share(
-            *(item.name, item.ffn.region, _size(item, option), option.parameters, item.dense_parameters),
+            *(item.name, item.ffn.region, size_text(item, option), option.parameters, item.dense_parameters),
             *(sensitivity[item.measured], error_of[item.name](option), loss(item, option)),
         )
         for item, option in zip(items, chosen, strict=True)
@@ -178,94 +138,11 @@ def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge
     return Allocation(sized, replace.budget, shares, totals[0], totals[1])
 
 
-def _items(model: nn.Module, replace: Replace) -> list[_Item]:
-    """What gets a size: what the start would replace."""
-    modules, the_plan, items = dict(model.named_modules()), plan(model, replace), []
-    for ffn in the_plan.ffns:
-        if ffn.experts:
-            raise PlanError(
-                f"replace.budget cannot be shared out over experts: {ffn.name} has {ffn.experts}.",
-                "Give sizes and no budget, or keep them dense: replace.exclude: ['*.experts.*'].",
-            )
-        layer: Layer = getattr(replace, ffn.region)
-        matrices: dict[str, Any] = {swap.name: modules[swap.name] for swap in the_plan.swaps if swap.ffn == ffn.name}
-        if layer.width is not None and ffn.readers:
-            items.append(_Item(ffn.name, ffn, matrices, ffn.writer, ffn.writer, True, layer))
-            continue
-        for name, linear in matrices.items():
-            reads = next(iter(matrices)) if name in ffn.readers else name
-            items.append(_Item(name, ffn, {name: linear}, name, reads, False, layer))
-    return items
-
-
-def _option(item: _Item, share: float) -> _Option | None:
-    """The item at about this share of its dense parameters; None where it cannot be so, or would not shrink."""
-    layer, change = item.layer, {}
-    if item.narrow:
-        assert layer.width is not None
-        at_start = sum(spec.num_parameters for spec in item.specs(layer).values()) / item.dense_parameters
-        hidden = features(item.matrices[item.measured])[0]
-        wanted = layer.model_copy(update={"width": layer.width * share / at_start})
-        change = {"width": kept_units(wanted, hidden) / hidden}
-    elif layer.fraction is not None:
-        change = {"fraction": share}
-    elif layer.kind == "products":  # anything else has nothing but a width, and no hidden units here
-        change = {"products": max(1, math.floor(share * (layer.n or 0) ** 2))}
-    sized = layer.model_copy(update=change)
-    try:
-        specs = item.specs(sized)
-    except PlanError:
-        return None
-    return _Option(sized, specs[item.measured], sum(spec.num_parameters for spec in specs.values()))
-
-
-def _ladder(item: _Item, budget: float) -> list[_Option]:
-    """Sizes from about an eighth of the budget on, the smallest first."""
-    found = {}
-    for share in np.geomspace(budget / 8, 0.999, _LEVELS).tolist():
-        option = _option(item, share)
-        if option is not None:
-            found.setdefault(option.parameters, option)
-    if not found:
-        raise PlanError(f"{item.name} has no size that is smaller than dense.", "Exclude it: replace.exclude.")
-    return [found[count] for count in sorted(found)]
-
-
-def _uniform(items: list[_Item], smallest: list[_Option], allowed: int) -> list[_Option]:
-    """Every item at the same share, the largest that is within the budget (found by halving); where sizes are coarse,
-    the first of them one size larger, as far as that goes."""
-
-    def at(share: float) -> list[_Option]:
-        return [_option(item, share) or least for item, least in zip(items, smallest, strict=True)]
-
-    def cost(sizes: list[_Option]) -> int:
-        return sum(size.parameters for size in sizes)
-
-    best, low, high = smallest, 0.0, 1.0
-    if cost(best) > allowed:
-        raise PlanError(
-            f"Even the smallest sizes hold {human(cost(best))} parameters, replace.budget allows {human(allowed)}.",
-            "Raise the budget, or name layers that can be smaller.",
-        )
-    for _ in range(30):
-        share = (low + high) / 2
-        sizes = at(share)
-        if cost(sizes) <= allowed:
-            low, best = share, sizes
-        else:
-            high = share
-    for i, larger in enumerate(at(high)):
-        wider = [*best[:i], larger, *best[i + 1 :]]
-        if cost(wider) <= allowed:
-            best = wider
-    return best
-
-
 def _error_curves(
-    model: nn.Module, items: list[_Item], batches: Sequence[Batch], ridge: float
-) -> dict[str, Callable[[_Option], float]]:
+    model: nn.Module, items: list[Item], batches: Sequence[Batch], ridge: float
+) -> dict[str, Callable[[Option], float]]:
     """The predicted error of every item by its name: of matrices on one input, the second moment is taken once."""
-    readings: dict[str, list[_Item]] = {}
+    readings: dict[str, list[Item]] = {}
     for item in items:
         readings.setdefault(item.reads, []).append(item)
     linears = {item.measured: item.matrices[item.measured] for item in items}
@@ -280,7 +157,7 @@ def _error_curves(
     return curves
 
 
-def _curve(item: _Item, moment: Tensor) -> Callable[[_Option], float]:
+def _curve(item: Item, moment: Tensor) -> Callable[[Option], float]:
     weight = weight_of(item.matrices[item.measured])
     if item.narrow:
         order = contribution_order(weight, moment)
@@ -289,7 +166,7 @@ def _curve(item: _Item, moment: Tensor) -> Callable[[_Option], float]:
     k, d = weight.shape
     energies = rank_errors(weight, moment).square().cpu().numpy()
 
-    def error(option: _Option) -> float:
+    def error(option: Option) -> float:
         if option.spec is None:
             return 0.0
         rank = (option.parameters - (k if option.spec.bias else 0)) / (d + k)  # in between for products
@@ -309,11 +186,3 @@ def _chunks(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         chunks[-1].append(name)
         left -= size
     return chunks
-
-
-def _size(item: _Item, option: _Option) -> str:
-    if option.spec is None:
-        return "dense"
-    if item.narrow:
-        return f"{option.spec.in_features} of {features(item.matrices[item.measured])[0]} units"
-    return option.spec.label
