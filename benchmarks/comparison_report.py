@@ -3,7 +3,8 @@
     python benchmarks/comparison_report.py
 
 Shows what has been measured: `perplexity.py` (a language model), `ffn_quality.py` (single FFNs) and, where they have
-been run, `comparison.py` and `ablation.py` (the reference model). The advice is ours, from `results/advice.md`.
+been run, `comparison.py` (with more steps in comparison_long.json) and `ablation.py` (the reference model). The advice
+is ours, from `results/advice.md`.
 """
 
 from pathlib import Path
@@ -20,7 +21,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 README = PAGE.parent.parent / "README.md"
 BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
 PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "speed")}
-FILES = {name: RESULTS.with_name(f"{name}.json") for name in ("perplexity", "ffn_quality", "comparison", "ablation")}
+FILES = {
+    name: RESULTS.with_name(f"{name}.json")
+    for name in ("perplexity", "ffn_quality", "comparison", "comparison_long", "ablation")
+}
 ADVICE = RESULTS.with_name("advice.md")
 _COLORS = ("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf", "#2ca02c", "#ff7f0e", "#9467bd")
 
@@ -142,6 +146,7 @@ def page(kept: Kept, advice: str) -> str:
         *_perplexity_part(kept["perplexity"]),
         *_ffn_part(kept["ffn_quality"]),
         *(_reference_part(kept["comparison"]) if "comparison" in kept else ()),
+        *(_long_part(kept["comparison_long"]) if "comparison_long" in kept else ()),
         *(_ablation_part(kept["ablation"]) if "ablation" in kept else ()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -193,6 +198,16 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]
         parts += [comparison_table(kept, fraction)]
     return [*parts, *(f"![{name} against size]({PLOTS[name].name})" for name in ("quality", "speed"))]
+
+
+def _long_part(kept: dict[str, Any]) -> list[str]:
+    settings = kept["settings"]
+    return [
+        "## The reference model, with more calibration and training",
+        f"The same with {settings['steps']} steps of {settings['batch_size']} samples after a fit on "
+        f"{settings['calibration']}. {_machine(kept)}",
+        kept_table(kept),
+    ]
 
 
 def ablation_table(kept: dict[str, Any]) -> str:
