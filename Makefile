@@ -54,6 +54,7 @@ benchmark-quality: reference
 	$(BIN)/python benchmarks/quantization.py --text $(TEXT)
 	$(BIN)/python benchmarks/stacking.py --text $(TEXT)
 	$(BIN)/python benchmarks/stacking.py --text $(TEXT) --speed
+	$(BIN)/python benchmarks/rounding_quality.py --text $(TEXT)
 	$(BIN)/python benchmarks/low_bit_forms.py
 	$(BIN)/python benchmarks/low_bit_model.py
 	$(BIN)/python benchmarks/quantization_report.py

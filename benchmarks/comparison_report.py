@@ -3,10 +3,11 @@
     python benchmarks/comparison_report.py
 
 Shows what has been measured: `perplexity.py` (a language model), `ffn_quality.py` (single FFNs) and, where they have
-been run, `comparison.py` (with more steps in comparison_long.json) and `ablation.py` (the reference model). The advice
-is ours, from `results/advice.md`.
+been run, `comparison.py` (with more steps in comparison_long.json) and `ablation.py` (the reference model); and what
+`block_spectrum.py` found its matrices to allow. The advice is ours, from `results/advice.md`.
 """
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
 PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "speed")}
 FILES = {
     name: RESULTS.with_name(f"{name}.json")
-    for name in ("perplexity", "ffn_quality", "comparison", "comparison_long", "ablation")
+    for name in ("perplexity", "ffn_quality", "comparison", "comparison_long", "ablation", "block_spectrum")
 }
 ADVICE = RESULTS.with_name("advice.md")
 _COLORS = ("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf", "#2ca02c", "#ff7f0e", "#9467bd")
@@ -136,6 +137,19 @@ def ffn_table(kept: dict[str, Any]) -> str:
     return table(["method", *(f"layer {layer}, {fraction:g}" for layer, fraction in places)], rows)
 
 
+def bound_table(kept: dict[str, Any]) -> str:
+    """By tower and size, what share of a matrix's energy the best layer of a kind could keep: medians over matrices."""
+    rows = []
+    for region in dict.fromkeys(cell["region"] for cell in kept["cells"].values()):
+        own = [cell["kept"] for cell in kept["cells"].values() if cell["region"] == region]
+        for place, fraction in enumerate(kept["fractions"]):
+            shares = {kind: [cell[kind][place] for cell in own] for kind in own[0]}
+            shown = [f"{statistics.median(of):.1%}" if None not in of else "-" for of in shares.values()]
+            rows.append([region, f"{fraction:g}", *shown])
+    kinds = next(iter(kept["cells"].values()))["kept"]
+    return table(["matrices", "parameters", *kinds], rows)
+
+
 def page(kept: Kept, advice: str) -> str:
     """The whole page."""
     parts = [
@@ -148,6 +162,7 @@ def page(kept: Kept, advice: str) -> str:
         *(_reference_part(kept["comparison"]) if "comparison" in kept else ()),
         *(_long_part(kept["comparison_long"]) if "comparison_long" in kept else ()),
         *(_ablation_part(kept["ablation"]) if "ablation" in kept else ()),
+        *_bound_part(kept["block_spectrum"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -235,6 +250,18 @@ def _ablation_part(kept: dict[str, Any]) -> list[str]:
         f" calibrated fit, no fade, mostly KL), with one thing changed at a time; {settings['steps']} steps of "
         f"{settings['batch_size']} conversations, {settings['examples']} unseen test examples. {_machine(kept)}",
         ablation_table(kept),
+    ]
+
+
+def _bound_part(kept: dict[str, Any]) -> list[str]:
+    return [
+        "## Why: what a matrix lets any algebra keep",
+        f"Share of ‖W‖² that a layer of so many parameters can keep at best, medians over the {len(kept['cells'])} FFN "
+        "matrices of the reference model, by weights alone (`benchmarks/block_spectrum.py`). For n: the best terms or "
+        "products of any algebra with n × n blocks, fixed or learned; the last column is what our fit of products "
+        "reaches. "
+        f"{_machine(kept)}",
+        bound_table(kept),
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stacking import ffn_bytes
 from whole_models import QUESTION_TOKENS, built, compressed, twin
 
 from hyperfade.compose.quantize import quantize_
@@ -20,7 +21,7 @@ from hyperfade.workspace import write_json
 
 RESULTS = Path(__file__).parent / "results" / "low_bit_model.json"
 MODEL = "Qwen2.5-VL-3B"
-VARIANTS = ("products n=4", "low-rank 1/4")
+VARIANTS = ("products n=4", "low-rank 1/4", "low-rank, rank 416")
 
 
 def int4(model: Any, name: str) -> Any:
@@ -45,6 +46,7 @@ def main() -> None:
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     speeds = compare_speed(models, asked, new_tokens=args.new_tokens, rounds=args.rounds)
     found = {"machine": machine(), "model": MODEL, "prompt_tokens": QUESTION_TOKENS}
+    found |= {"ffn_bytes": {name: ffn_bytes(model) for name, model in models.items()}}
     write_json(args.results, found | {"speeds": {name: asdict(speed) for name, speed in speeds.items()}})
     for name, speed in speeds.items():
         print(

@@ -1,5 +1,5 @@
 """Writes docs/quantization.md and the README's table of few bits from the results that `quantization.py`,
-`stacking.py` and `low_bit_forms.py` keep."""
+`stacking.py`, `rounding_quality.py`, `low_bit_forms.py` and `low_bit_model.py` keep."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from low_bit_forms import RESULTS as FORMS
 from low_bit_model import RESULTS as LARGE
 from quantization import BITS, RESULTS
 from report_pieces import table
+from rounding_quality import RESULTS as ANSWERS
 from stacking import RESULTS as STACKING
 
 from hyperfade.workspace import read_json
@@ -127,7 +128,11 @@ def section(name: str, cells: Cells) -> list[str]:
 
 
 def page(
-    kept: Mapping[str, Any], stacked: Mapping[str, Any], forms: Mapping[str, Any], large: Mapping[str, Any]
+    kept: Mapping[str, Any],
+    stacked: Mapping[str, Any],
+    answers: Mapping[str, Any],
+    forms: Mapping[str, Any],
+    large: Mapping[str, Any],
 ) -> str:
     """The whole page."""
     machine, settings = kept["machine"], kept["settings"]
@@ -143,6 +148,7 @@ def page(
         words,
         facts,
         *stacking_report.section(stacked),
+        *stacking_report.answers_section(answers),
         *stacking_report.large_section(large),
         *stacking_report.calls_section(forms),
     ]
@@ -154,13 +160,13 @@ def page(
 
 def kept_results() -> list[Any]:
     """What the page is made of, in the order that `page` takes it."""
-    return [read_json(path) for path in (RESULTS, STACKING, FORMS, LARGE)]
+    return [read_json(path) for path in (RESULTS, STACKING, ANSWERS, FORMS, LARGE)]
 
 
 def main() -> None:
     """Write the page and the README's table."""
-    kept, stacked, forms, large = kept_results()
-    PAGE.write_text(page(kept, stacked, forms, large), encoding="utf-8")
+    kept, stacked, answers, forms, large = kept_results()
+    PAGE.write_text(page(kept, stacked, answers, forms, large), encoding="utf-8")
     README.write_text(stacking_report.with_stacking(README.read_text(encoding="utf-8"), stacked), encoding="utf-8")
 
 

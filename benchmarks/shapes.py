@@ -28,6 +28,7 @@ VARIANTS = {
     "products n=8": Layer(n=8),
 }
 LOW_RANK = {f"low-rank 1/{n}": Layer(kind="low_rank", fraction=1 / n) for n in (2, 4, 8)}
+SUITED_RANK = {"low-rank, rank 416": Layer(kind="low_rank", fraction=0.241)}  # at 2048 ↔ 11008: for kernels of few bits
 RIVAL = {
     "paper": "low-rank 1/2",
     "learned n=4": "low-rank 1/4",

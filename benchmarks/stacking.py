@@ -5,7 +5,8 @@
     python benchmarks/stacking.py --text wikitext-2 --speed    # minutes; wants a machine that does nothing else
     python benchmarks/quantization_report.py
 
-A cell is a model, dense or with all its FFNs replaced, in bfloat16 or with its FFNs rounded. The model that ships is
+A cell is a model, dense or with all its FFNs replaced, in bfloat16 or with its FFNs rounded (int4 to nearest, and
+calibrated). The model that ships is
 trained as in the demo and answers questions; SmolLM2-135M is compressed as in `perplexity.py`, and scored by
 its perplexity. Rounding is what `hyperfade quantize` does. Checkpoints stay in the output folder, and a cell that is in
 the results file is not run again. Speeds are measured in one go, in rounds that take every method of a format in turn.
@@ -15,6 +16,7 @@ import argparse
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperfade.compose.quantize import quantize_
 from hyperfade.data import Collator, open_source
+from hyperfade.distill import second_moments
 from hyperfade.hub import EMBEDDED, fold_, load, load_processor, mark_, save
 from hyperfade.measure import compare_speed, disk_bytes, evaluate, machine, weight_bytes
 from hyperfade.nn import light_modules, low_bit_modules
@@ -46,6 +49,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "low-rank 1/4": {"kind": "low_rank", "fraction": 0.25},
 }
 FORMATS = ("bf16", "int8", "int4")
+CALIBRATED = "int4, calibrated"  # runs as int4 does: timed once
+SAMPLES = 128  # questions, or sequences, of its calibration
 
 
 def place(args: argparse.Namespace, model: str, method: str, to: str) -> Path:
@@ -114,10 +119,26 @@ def checkpoint(args: argparse.Namespace, name: str, method: str, to: str, moment
             make_language(args, method, whole, moments)
     if not folder.exists():
         model: Any = load(str(whole), "bfloat16")
-        print("\n".join(quantize_(model, to, args.group if to == "int4" else None).lines()), flush=True)  # type: ignore[arg-type]
+        batches = calibration(args, name, whole) if to == CALIBRATED else None
+        rounded = quantize_(
+            *(model, "int8" if to == "int8" else "int4", None if to == "int8" else args.group),
+            moments_of=None if batches is None else partial(second_moments, model, batches=batches, ridge=0),
+        )
+        print("\n".join(rounded.lines()), flush=True)
         mark_(model)
         save(model, folder, load_processor(str(whole)))
     return folder
+
+
+def calibration(args: argparse.Namespace, name: str, whole: Path) -> list[dict[str, Tensor]]:
+    """What the rounding may look at: training questions, or validation text."""
+    if name == "language":
+        text = sequences(str(whole), args.text, args.test)["valid"][:SAMPLES]
+        return [{"input_ids": part} for part in text.split(16)]
+    source, collator = open_source("easy-vqa:train"), Collator(load_processor(str(whole)), max_tokens=2048)
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:SAMPLES].split(16)
+    batches = [collator.training_batch([source[i] for i in part.tolist()]) for part in chosen]
+    return [{k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
 
 
 def cell(args: argparse.Namespace, name: str, method: str, to: str, moments: dict[str, Tensor]) -> dict[str, Any]:
@@ -158,15 +179,14 @@ def settings_of(args: argparse.Namespace) -> Mapping[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def main() -> None:
-    """Measure what the results file lacks; or, with --speed, all speeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, results: Path) -> argparse.ArgumentParser:
+    """What decides how the checkpoints are made and scored."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--speed", action="store_true", help="time the checkpoints; those that are missing are made first")
     add("--model", default="runs/reference/untrained", help="a LLaVA of SmolLM2-135M; made by make reference")
     add("--text", type=Path, required=True, help="folder with WikiText-2's valid.txt and test.txt")
     add("--output", type=Path, default=Path("runs/stacking"), help="folder of the checkpoints")
-    add("--results", type=Path, default=RESULTS, help="file that every finished cell is added to")
+    add("--results", type=Path, default=results, help="file that every finished cell is added to")
     add("--only", choices=MODELS, help="one of the two models")
     add("--steps", type=int, default=50, help="optimizer steps of the language model")
     add("--batch-size", type=int, default=4, help="its sequences per step")
@@ -176,6 +196,14 @@ def main() -> None:
     add("--attention", default="eager", help="its attention in training")
     add("--examples", type=int, default=2000, help="questions for the model that ships")
     add("--group", type=int, default=64, help="numbers that share a scale in int4")
+    return parser
+
+
+def main() -> None:
+    """Measure what the results file lacks; or, with --speed, all speeds."""
+    parser = arguments(__doc__, RESULTS)
+    add = parser.add_argument
+    add("--speed", action="store_true", help="time the checkpoints; those that are missing are made first")
     add("--new-tokens", type=int, default=32, help="tokens decoded in a round")
     add("--rounds", type=int, default=15, help="rounds of timing")
     args = parser.parse_args()
@@ -190,7 +218,8 @@ def main() -> None:
         return
     kept["machine"] = machine()
     moments: dict[str, Tensor] = {}
-    for number, (name, method, to) in enumerate(wanted := list(itertools.product(models, METHODS, FORMATS)), 1):
+    wanted = list(itertools.product(models, METHODS, (*FORMATS, CALIBRATED)))
+    for number, (name, method, to) in enumerate(wanted, 1):
         key = f"{name}|{method}|{to}"
         if key not in cells:
             cells[key] = cell(args, name, method, to, moments)

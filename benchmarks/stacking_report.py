@@ -1,10 +1,13 @@
 """The stacking table and its targets, from the results that `stacking.py` keeps; and how products run in few bits."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantization import BITS
 from report_pieces import ratio, table
-from stacking import FORMATS, METHODS, MODELS
+from rounding_quality import GROUPINGS
+from stacking import CALIBRATED, FORMATS, METHODS, MODELS, SAMPLES
 
 BEGIN, END = "<!-- stacking:begin", "<!-- stacking:end -->"
 TITLES = {"embedded": "the model that ships", "language": "SmolLM2-135M"}
@@ -52,7 +55,7 @@ def stacking_table(kept: Kept) -> str:
     for name in MODELS:
         dense = kept["cells"].get(f"{name}|dense|bf16")
         for method in METHODS:
-            for to in FORMATS:
+            for to in (*FORMATS, CALIBRATED):
                 cell = kept["cells"].get(f"{name}|{method}|{to}")
                 if cell is None or dense is None:
                     continue
@@ -76,18 +79,17 @@ def targets(kept: Kept) -> str:
 
 def _targets(kept: Kept) -> Iterator[str]:
     for name in MODELS:
-        dense = lost(kept, name, "dense", "int4")
-        for method in METHODS:
-            own = lost(kept, name, method, "int4")
-            if not method.startswith("products") or own is None or dense is None:
+        for to, method in itertools.product(("int4", CALIBRATED), METHODS):
+            dense, own = (lost(kept, name, which, to) for which in ("dense", method))
+            if method in ("dense", "low-rank 1/4") or own is None or dense is None:
                 continue
             if name == "language":
                 more = (1 + own) / (1 + dense) - 1
                 said = f"multiplies the perplexity by {1 + more:.4f} of what it does to dense (target 1.03)"
-                yield _line(f"{TITLES[name]}, {method}: int4 {said}", more <= MOST_RATIO)
+                yield _line(f"{TITLES[name]}, {method}: {to} {said}", more <= MOST_RATIO)
             else:
                 said = f"costs {own - dense:+.2f} points more than it costs dense (target {MOST_POINTS})"
-                yield _line(f"{TITLES[name]}, {method}: int4 {said}", own - dense <= MOST_POINTS)
+                yield _line(f"{TITLES[name]}, {method}: {to} {said}", own - dense <= MOST_POINTS)
         cells = [kept["cells"].get(f"{name}|{key}") for key in ("products n=4|int4", "dense|bf16")]
         if all(cells):
             share = cells[0]["ffn_bytes"] / cells[1]["ffn_bytes"]
@@ -108,7 +110,8 @@ def footnote(kept: Kept) -> str:
     text = (
         f"The model that ships: trained as in the demo, exact match on {own['examples']:,} questions. SmolLM2-135M: "
         f"{own['steps']} steps, perplexity on {own['test']} sequences of WikiText-2's test set. int8 by rows, int4 by "
-        f"groups of {own['group']}; attention, embeddings and head in bfloat16."
+        f"groups of {own['group']}, to nearest or calibrated (GPTQ) on {SAMPLES} samples; attention, embeddings and "
+        "head in bfloat16."
     )
     for what, machine in (("Quality", kept["machine"]), ("Speed", kept.get("speed", {}).get("machine"))):
         if machine is not None:
@@ -119,10 +122,11 @@ def footnote(kept: Kept) -> str:
 
 def large_section(kept: Kept) -> list[str]:
     """Decoding at the shapes of a model of billions."""
-    speeds = kept["speeds"]
+    speeds, whole = kept["speeds"], kept["ffn_bytes"]["dense, bf16"]
     rows = [
         [
             name,
+            f"{kept['ffn_bytes'][name] / whole:.1%}",
             f"{1000 * own['decode_seconds_per_token']:.0f} ms",
             ratio((own["decode_speedup"], *own["decode_speedup_range"])),
             ratio((own["prefill_speedup"], *own["prefill_speedup_range"])),
@@ -138,7 +142,7 @@ def large_section(kept: Kept) -> list[str]:
         "(`benchmarks/low_bit_model.py`): all FFNs in int4 by groups of 64, everything else in bfloat16. Against dense "
         f"in int4, medians and quartiles over alternating rounds. {facts['processor']}, {facts['threads']} threads, "
         f"torch {facts['torch']}, {facts['date']}.",
-        table(["FFNs", "per token", "decode", "prefill"], rows),
+        table(["FFNs", "FFN bytes", "per token", "decode", "prefill"], rows),
         f"- {_line(f'products n=4 in int4 decode {said} as fast as dense in int4', own['decode_speedup'] >= 1)}",
     ]
 
@@ -151,6 +155,25 @@ def section(kept: Kept) -> list[str]:
         stacking_table(kept),
         targets(kept),
         footnote(kept),
+    ]
+
+
+def answers_section(kept: Kept) -> list[str]:
+    """What rounding to any number of bits leaves of the answers."""
+    rows = []
+    for name in MODELS:
+        for bits, grouping in [(16, "whole"), *((bits, grouping) for bits in BITS for grouping in GROUPINGS)]:
+            cells = [kept["cells"].get(f"{name}|{method}|{bits}|{grouping}") for method in METHODS]
+            if any(cells):
+                shown = ["" if cell is None else shown_quality(cell) for cell in cells]
+                rows.append([TITLES[name], str(bits), "" if bits == 16 else grouping, *shown])
+    own, machine = kept["settings"], kept["machine"]
+    return [
+        "### Answers, by bits",
+        "The same checkpoints, their FFN matrices rounded to nearest by rows or by groups of at most "
+        f"{own['group']} (`benchmarks/rounding_quality.py`): exact match on {own['examples']:,} questions, perplexity "
+        f"on {own['test']} sequences. A, P and Q stay as they are. torch {machine['torch']}, {machine['date']}.",
+        table(["model", "bits", "by", *METHODS], rows),
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from shapes import LOW_RANK, MODELS, VARIANTS
+from shapes import LOW_RANK, MODELS, SUITED_RANK, VARIANTS
 from torch import Tensor, nn
 
 from hyperfade.hub import fold_
@@ -29,7 +29,7 @@ def replacement(variant: str) -> Replace:
     """What a variant replaces: language and vision FFNs alike; `paper` is the shipped recipe."""
     if variant == "paper":
         return Recipe.load("paper").replace
-    layer = (VARIANTS | LOW_RANK)[variant]
+    layer = (VARIANTS | LOW_RANK | SUITED_RANK)[variant]
     return Replace(language=layer, vision=layer)
 
 

@@ -371,6 +371,20 @@ def test_quantize_then_export_dense(call: Any, tmp_path: Path) -> None:
         assert (code, err.splitlines()[0]) == (2, f"Error: {low} exists.")
 
 
+def test_quantize_by_what_layers_read(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    low = tmp_path / "int4"
+    data = ("--data", "easy-vqa:train", "--samples", "20")
+    code, out, err = call("quantize", EMBEDDED, "--to", "int4", *data, "--output", str(low))
+    assert (code, err) == (0, "")
+    assert out.startswith("int4 by groups of 64, calibrated: 12 matrices, ")
+    code, _, err = call("quantize", EMBEDDED, "--to", "int8", *data, "--output", str(tmp_path / "int8"))
+    assert (code, err.splitlines()[0]) == (2, "Error: Calibrated rounding is for int4, not int8.")
+    code, _, err = call("quantize", EMBEDDED, "--to", "int4", "--data", "no.jsonl", "--output", str(tmp_path / "other"))
+    assert (code, "no.jsonl" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["int4"]
+
+
 def test_a_format_that_cannot_be_had_is_one_line(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     code, _, err = call("quantize", EMBEDDED, "--to", "nf4", "--output", str(tmp_path / "nf4"))

@@ -483,10 +483,11 @@ def test_a_quantized_run_saves_what_it_measured(tmp_path: Path) -> None:
     results = compress(recipe, lines.append)
     assert results["reload_bit_equal"] is True
     assert results["quantized"]["to"] == "int4"
+    assert results["quantized"]["calibrated"]
     assert results["quantized"]["matrices"] == 6 + 6  # the vision tower's stacked products, and the dense language FFNs
     assert results["quantized"]["bytes"]["after"] < 0.17 * results["quantized"]["bytes"]["before"]  # float32 before
     assert results["params_ratio"] == results["parameters"]["compressed"] / results["parameters"]["dense"]
-    assert any(line.startswith("[compressed] int4 by groups of 64: 12 matrices") for line in lines)
+    assert any(line.startswith("[compressed] int4 by groups of 64, calibrated: 12 matrices") for line in lines)
     assert results["disk_bytes"]["compressed"] < 0.5 * results["disk_bytes"]["dense"]
     model = load(str(recipe.output / "model"))
     assert {type(layer) for layer in light_modules(model).values()} == {PHMLinear}

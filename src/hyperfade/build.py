@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperfade.compose.lora import add_lora_, merge_lora_
-from hyperfade.compose.quantize import quantize_
+from hyperfade.compose.quantize import MomentsOf, quantize_
 from hyperfade.data import fingerprint
 from hyperfade.distill import (
     Allocation,
@@ -26,6 +27,7 @@ from hyperfade.distill import (
     fit_,
     latest_step,
     read_faults,
+    second_moments,
     teacher_of,
     total_steps,
     unshare_,
@@ -118,14 +120,22 @@ def _quantized_(student: Any, variant: Variant, task: Task, storage: torch.dtype
     wanted = task.recipe.quantize
     if wanted is None:
         return None
+    moments_of: MomentsOf | None = None
+    if wanted.to == "int4" and wanted.calibrated:
+        say(f"[{variant.name}] rounding by what layers read on {variant.fit.samples} training samples")
+        batches = task.calibration_batches(variant.fit)
+        moments_of = partial(second_moments, student.eval(), batches=batches, ridge=0, alone=True)
     # scales are stored like the weights they scale
-    report = quantize_(student, wanted.to, wanted.group_size, wanted.rest, scale_dtype=storage)
+    report = quantize_(
+        *(student, wanted.to, wanted.group_size, wanted.rest), scale_dtype=storage, moments_of=moments_of
+    )
     mark_(student)
     for line in report.lines():
         say(f"[{variant.name}] {line}")
     return {
         "to": report.to,
         "group_size": report.group_size,
+        "calibrated": report.calibrated,
         "matrices": len(report.low_bits),
         "smaller_groups": {str(size): names for size, names in report.smaller.items()},
         "left": [list(pair) for pair in report.left],

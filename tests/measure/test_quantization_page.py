@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,10 +10,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import quantization
 import quantization_report
+import rounding_quality
 import stacking_report
 from rounding import kurtosis, largest, nearest
 from stacking_report import targets
+from tiny_models import FAMILIES
 from torch import nn
+
+from hyperfade.hub import fold_
+from hyperfade.recipe import Layer, Replace
+from hyperfade.surgery import plan, set_alpha_, swap_
 
 
 def test_the_page_is_what_the_kept_results_give() -> None:
@@ -65,3 +71,22 @@ def test_a_matrix_is_measured_by_every_method_and_left_as_it_was() -> None:
     assert all(row["error"] == row["added_error"] for row in dense)
     # with C the identity, what the output hears is what the weights have
     assert all(row["added_error"] == pytest.approx(10 ** (-row["weight_sqnr"] / 20), rel=1e-3) for row in dense)
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("products", "T"), ("learned", "core.weight"), ("dense", "weight")])
+def test_every_matrix_of_the_ffns_is_rounded_and_nothing_else(
+    kind: Literal["products", "learned", "dense"], stored: str
+) -> None:
+    model = FAMILIES["llava_siglip"].build()
+    if kind != "dense":
+        layer = Layer(kind=kind, n=2)
+        swap_(model, plan(model, Replace(language=layer, vision=layer)))
+        set_alpha_(model, 1.0)
+        fold_(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rounding_quality.round_(model, 2, "rows")
+    changed = {name: tensor for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert set(changed) == {
+        name for name in before if ".layers." in name and ".mlp." in name and name.endswith("." + stored)
+    }
+    assert all(len(row.unique()) <= 4 for tensor in changed.values() for row in tensor.flatten(0, -2))

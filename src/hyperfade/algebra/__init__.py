@@ -13,6 +13,7 @@ from hyperfade.algebra.moments import (
     ridge_,
     shrunk,
     solve_psd,
+    together,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "solve_psd",
     "square_root",
     "tail_errors",
+    "together",
 ]

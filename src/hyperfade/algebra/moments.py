@@ -1,7 +1,7 @@
 """Second moments of layer inputs, and the two numerical tools every fit shares."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from hyperfade.errors import FitError
 
 _LEAST_ROWS = 128  # of a strip: narrower ones gain little or lose (docs/log.md)
+_MOMENTS_BYTES = 2 << 30
 _ROWS = 512  # rows of W handled at a time where a temporary of W's size would be in the way
 
 
@@ -58,6 +59,21 @@ class SecondMoment:
         features, rows = len(self._sum), max(_LEAST_ROWS, math.ceil(len(self._sum) / 8))
         for first in range(0, features, rows):
             yield first, min(first + rows, features)
+
+
+def together(features: Mapping[str, int]) -> list[list[str]]:
+    """Names of layers in order, in lists whose second moments are in memory together: as many as 2 GiB hold, or one.
+    features: what each of them reads."""
+    lists: list[list[str]] = []
+    left = 0
+    for name, count in features.items():
+        size = 8 * count**2
+        if not lists or size > left:
+            lists.append([])
+            left = _MOMENTS_BYTES
+        lists[-1].append(name)
+        left -= size
+    return lists
 
 
 def shrunk(moments: Sequence[SecondMoment], prior_tokens: float) -> list[Tensor]:

@@ -1,12 +1,18 @@
 """Commands that write a finished checkpoint in another form."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hyperfade.cli.shared import refuse_existing
+from hyperfade.cli.shared import ANY_LENGTH, refuse_existing
 from hyperfade.formats import Format
+
+if TYPE_CHECKING:
+    from hyperfade.compose.quantize import MomentsOf
+
+_BATCH = 16  # calibration examples per forward pass
 
 
 def quantize(
@@ -22,20 +28,42 @@ def quantize(
     rest: Annotated[
         bool, typer.Option("--rest", help="Attention and the other linears too; never output head and embeddings.")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Calibrate int4 on these: easy-vqa:train, a .jsonl file, or datasets:NAME[:SPLIT]."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Number of these examples that are used.")] = 128,
 ) -> None:
     """Round a checkpoint's FFNs to few bits, as torchao or bitsandbytes do; the result loads like any other."""
     from hyperfade.compose.quantize import check_format, quantize_
     from hyperfade.hub import load, load_processor, mark_, save
     from hyperfade.measure import disk_bytes
 
-    check_format(to, group_size)
+    check_format(to, group_size, calibrated=data is not None)
     folder = output or Path(f"{model.rstrip('/')}-{to}")
     refuse_existing(folder)
     loaded, processor = load(model), load_processor(model)
-    report = quantize_(loaded, to, group_size, rest)
+    report = quantize_(
+        *(loaded, to, group_size, rest), moments_of=_readings(loaded, processor, data, samples) if data else None
+    )
     mark_(loaded)
     save(loaded, folder, processor)
     typer.echo("\n".join([*report.lines(), f"{folder}: {disk_bytes(folder) / 1e6:.2f} MB of weights"]))
+
+
+def _readings(model: Any, processor: Any, data: str, samples: int) -> "MomentsOf":
+    """What the model's layers read on a seeded sample of `data`, for whichever of them are asked about."""
+    import torch
+
+    from hyperfade.data import Collator, open_source
+    from hyperfade.distill import second_moments
+
+    source, collator = open_source(data), Collator(processor, max_tokens=ANY_LENGTH)
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:samples].split(_BATCH)
+    batches = [collator.training_batch([source[i] for i in part.tolist()]) for part in chosen]
+    for batch in batches:
+        batch |= {key: value.to(model.dtype) for key, value in batch.items() if value.is_floating_point()}
+    return partial(second_moments, model, batches=batches, ridge=0)
 
 
 def export(

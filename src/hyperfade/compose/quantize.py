@@ -3,12 +3,13 @@
     report = quantize_(model, "int4")          # the FFNs
     report = quantize_(model, "int8", rest=True)
 
-Only rounding happens here, matrix by matrix: no calibration, no training. The products T_r of a layer are
-stacked first: one linear holds them all. The mixes (A, P, Q), biases, norms, embeddings and the output head keep their
-dtype.
+Only rounding happens here, matrix by matrix, to nearest or (int4, `rounding.py`) by what layers read; no training. The
+products T_r of a layer are stacked first: one linear holds them all. The mixes (A, P, Q), biases, norms, embeddings and
+the output head keep their dtype.
 """
 
 import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperfade.algebra import together
+from hyperfade.compose.rounding import moments_in_core, rounded_for
 from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
 from hyperfade.formats import Format
 from hyperfade.nn import (
@@ -36,6 +39,8 @@ from hyperfade.surgery import find_experts, find_ffns
 
 DEFAULT_GROUP = {"int8": 0, "int4": 64, "nf4": 64, "fp8": 0}  # 0: whole rows
 _NF4_GROUPS = (32, 64, 128, 256)
+MomentsOf = Callable[[Mapping[str, nn.Module]], Mapping[str, Any]]
+"""Modules by name → C (d, d) of what each reads, as `distill.second_moments` gathers it over batches."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Quantized:
     left: list[tuple[str, str]]
     bytes_before: int
     bytes_after: int
+    calibrated: bool
 
     @property
     def smaller(self) -> dict[int, list[str]]:
@@ -61,7 +67,8 @@ class Quantized:
     def lines(self) -> list[str]:
         """For people."""
         megabytes = f"{self.bytes_before / 1e6:.2f} MB → {self.bytes_after / 1e6:.2f} MB"
-        lines = [f"{self.to} by {_groups(self.group_size)}: {len(self.low_bits)} matrices, {megabytes}"]
+        how = ", calibrated" if self.calibrated else ""
+        lines = [f"{self.to} by {_groups(self.group_size)}{how}: {len(self.low_bits)} matrices, {megabytes}"]
         lines += [f"by {_groups(size)}: {_some(names)}" for size, names in self.smaller.items()]
         reasons: dict[str, list[str]] = {}
         for name, why in self.left:
@@ -77,15 +84,18 @@ def quantize_(
     rest: bool = False,
     *,
     scale_dtype: torch.dtype | None = None,
+    moments_of: MomentsOf | None = None,
 ) -> Quantized:
     """Round the linears of the model's FFNs (light or dense) to `to`; with `rest` all others but the output head too.
 
     group_size: neighbours in a row that share a scale, 0 for whole rows [default: int4 and nf4 64, others 0]. A width
     that it does not divide gets what `fitting_group` finds, or the matrix stays as it is; the report says which.
-    scale_dtype: what int4 keeps its scales in [default: the weights' dtype]. `mark_` the model before saving it.
+    scale_dtype: what int4 keeps its scales in [default: the weights' dtype]. moments_of: calibrates int4; it is asked
+    for as many layers at a time as memory holds, while those before are rounded already. `mark_` the model before
+    saving it.
     Raises `MissingLibraryError`, `PlanError` or `NothingMatchedError` before anything is changed.
     """
-    wanted, library = check_format(to, group_size)
+    wanted, library = check_format(to, group_size, calibrated=moments_of is not None)
     if low_bit_modules(model):
         raise PlanError("This model is quantized already.", "Quantize the checkpoint it came from.")
     low_bits: dict[str, LowBit] = {}
@@ -101,27 +111,39 @@ def quantize_(
         raise NothingMatchedError(
             f"{type(model).__name__} has no matrix that {to} in {_groups(wanted)} fits.", "Give another group size."
         )
-    before, lights = 0, light_modules(model)
+    lights, cores = light_modules(model), {}
     for name in low_bits:
         if isinstance(phm := lights.get(name.removesuffix(".core")), PHMLinear):
+            cores[name] = phm
             phm.stack_()
-    for name, held in low_bits.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        before += linear.weight.nbytes
-        model.set_submodule(name, _rounded(linear, held, library, scale_dtype or linear.weight.dtype))
+    before = sum(model.get_submodule(name).weight.nbytes for name in low_bits)  # type: ignore[union-attr]
+    measured = {name: name.removesuffix(".core") if name in cores else name for name in low_bits}
+    features = {name: cast(Any, model.get_submodule(measured[name])).in_features for name in low_bits}
+    for names in together(features) if moments_of else [list(low_bits)]:
+        modules = {measured[name]: model.get_submodule(measured[name]) for name in names}
+        read = moments_of(modules) if moments_of else {}
+        for name in names:
+            moments = [read[measured[name]]] if moments_of else []
+            if moments and name in cores:
+                moments = moments_in_core(cores[name], moments[0])
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            rounded = _rounded(linear, low_bits[name], library, scale_dtype or linear.weight.dtype, moments)
+            model.set_submodule(name, rounded)
     after = sum(tensor.nbytes for layer in low_bit_modules(model).values() for tensor in layer.buffers())
     pack_(model)
-    return Quantized(to, wanted, low_bits, left, before, after)
+    return Quantized(to, wanted, low_bits, left, before, after, moments_of is not None)
 
 
-def check_format(to: Format, group_size: int | None = None) -> tuple[int, Any]:
+def check_format(to: Format, group_size: int | None = None, *, calibrated: bool = False) -> tuple[int, Any]:
     """The group size that is meant, and the library that rounds to this format.
 
     Raises `PlanError` for what does not exist, `MissingLibraryError` for what is not installed.
     """
     if to not in get_args(Format):
         raise PlanError(f"There is no format {to!r}.", f"Choose one of {', '.join(get_args(Format))}.")
+    if calibrated and to != "int4":
+        raise PlanError(f"Calibrated rounding is for int4, not {to}.", "Leave the data out: rounding to nearest.")
     wanted = DEFAULT_GROUP[to] if group_size is None else group_size
     if wanted and wanted < 32:
         raise PlanError(f"Groups of {wanted} are too small to save anything.", "Give 32 or more, or 0 for whole rows.")
@@ -158,8 +180,11 @@ def _expert_tensors(model: nn.Module) -> list[str]:
     return light + [f"{experts.name}.{key}" for experts in find_experts(model) for key in experts.tensors]
 
 
-def _rounded(linear: nn.Linear, held: LowBit, library: Any, scale_dtype: torch.dtype) -> LowBitLinear:
-    """A low-bit linear with the numbers that `library` rounds this one's weight to."""
+def _rounded(
+    linear: nn.Linear, held: LowBit, library: Any, scale_dtype: torch.dtype, moments: list[Tensor]
+) -> LowBitLinear:
+    """A low-bit linear with the numbers that `library` rounds this one's weight to; or, of int4, those that `moments`
+    ask for, one for each of as many parts of its rows."""
     weight, bias = linear.weight, linear.bias is not None
     made = LowBitLinear(
         *(linear.in_features, linear.out_features, held, bias), device=weight.device, dtype=weight.dtype
@@ -172,7 +197,11 @@ def _rounded(linear: nn.Linear, held: LowBit, library: Any, scale_dtype: torch.d
         made.qdata, made.scale = data.view_as(made.qdata), state.absmax.view_as(made.scale)
         return made.train(linear.training)
     if held.to == "int4":
-        made.qdata, made.scale, made.zero_point = _int4(weight, group, library, scale_dtype)
+        if moments:
+            held_numbers = _calibrated_int4(weight, group, library, scale_dtype, moments)
+        else:
+            held_numbers = _int4(weight, group, library, scale_dtype)
+        made.qdata, made.scale, made.zero_point = held_numbers
         return made.train(linear.training)
     if held.to == "fp8":
         config = library.Float8WeightOnlyConfig(set_inductor_config=False)
@@ -198,6 +227,26 @@ def _int4(weight: Tensor, group: int, library: Any, scale_dtype: torch.dtype) ->
     fixed = {"custom_scale": scale.float(), "custom_zero_point": found.zero_point}
     again = tensor.from_hp(exact, block, int4, intx_choose_qparams_algorithm=None, **fixed)
     return two_to_a_byte(again.qdata[:, :width] + 8), scale.to(weight.dtype), found.zero_point + 8
+
+
+def _calibrated_int4(
+    weight: Tensor, group: int, library: Any, scale_dtype: torch.dtype, moments: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by what is read: torchao's scales and zero points, and `rounded_for`'s numbers."""
+    tensor, int4 = library.IntxUnpackedToInt8Tensor, cast(Any, torch).int4
+
+    def grid(columns: Tensor) -> tuple[Tensor, Tensor]:
+        found = tensor.from_hp(columns, (1, columns.shape[1]), int4, mapping_type=library.MappingType.ASYMMETRIC)
+        scale = found.scale.clamp_min(torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
+        return scale, found.zero_point + 8
+
+    rows = weight.detach().chunk(len(moments))
+    found = [rounded_for(part, moment, group, grid) for part, moment in zip(rows, moments, strict=True)]
+    numbers, scale, zero_point = (
+        torch.cat([getattr(part, key) for part in found]).to(weight.device)
+        for key in ("numbers", "scale", "zero_point")
+    )
+    return two_to_a_byte(numbers), scale.to(weight.dtype), zero_point
 
 
 def _torchao() -> Any:

@@ -1,5 +1,6 @@
 """Calibrate and fit, then fade and polish."""
 
+from hyperfade.distill.activations import second_moments
 from hyperfade.distill.allocate import Allocation, Share, allocate
 from hyperfade.distill.cached import CachedTeacher, cache_teacher, digest
 from hyperfade.distill.calibrate import fit_, fit_file
@@ -42,6 +43,7 @@ __all__ = [
     "learning_rate_factor",
     "read_faults",
     "read_steps",
+    "second_moments",
     "teacher_of",
     "total_steps",
     "unshare_",

@@ -48,11 +48,13 @@ def second_moments(
     ridge: float,
     expert_prior: float = 0.1,
     send: Run | None = None,
+    alone: bool = False,
 ) -> dict[str, Moment]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
     `ridge` on the diagonal; padding of the text does not count. Of matrices of experts one for each, and the average of
     all counts for `expert_prior` · d tokens in it. Of several processes each gives its own batches, and all get the
-    moments over all of them. send: how a batch reaches the layers [default: `run`].
+    moments over all of them; not where the calling one is `alone` in this. send: how a batch reaches the layers
+    [default: `run`].
 
     All of them are in memory at a time. Raises `FitError` where a layer is never reached or its inputs are not finite.
     """
@@ -77,7 +79,7 @@ def second_moments(
             mask = batch.get("attention_mask")
             met.clear()
             (send or run)(model, batch)
-    if join().num_processes > 1:
+    if join().num_processes > 1 and not alone:
         for name, module in layers.items():
             weight = module.weight
             assert isinstance(weight, Tensor)

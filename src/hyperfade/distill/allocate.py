@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from hyperfade.algebra import rank_errors
+from hyperfade.algebra import rank_errors, together
 from hyperfade.distill.activations import Batch, second_moments, sensitivities
 from hyperfade.distill.knapsack import cheapest
 from hyperfade.distill.sizes import Item, Option, items_of, same_share, size_text, sizes_of
@@ -42,7 +42,6 @@ from hyperfade.surgery import (
 )
 
 _UNITS = 1 << 16  # of the budget's scale: costs are rounded up to one, which 200 matrices notice in the third digit
-_MOMENTS_BYTES = 2 << 30  # of second moments in memory at a time
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _error_curves(
         readings.setdefault(item.reads, []).append(item)
     linears = {item.measured: item.matrices[item.measured] for item in items}
     curves = {}
-    for names in _chunks({name: 8 * features(linears[name])[0] ** 2 for name in readings}, _MOMENTS_BYTES):
+    for names in together({name: features(linears[name])[0] for name in readings}):
         moments = second_moments(model, {name: linears[name] for name in names}, batches, ridge)
         for name in names:
             moment = moments.pop(name)
@@ -173,16 +172,3 @@ def _curve(item: Item, moment: Tensor) -> Callable[[Option], float]:
         return math.sqrt(np.interp(rank, np.arange(len(energies)), energies))
 
     return error
-
-
-def _chunks(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in lists of at most `limit` bytes, or of one name."""
-    chunks: list[list[str]] = []
-    left = 0
-    for name, size in sizes.items():
-        if not chunks or size > left:
-            chunks.append([])
-            left = limit
-        chunks[-1].append(name)
-        left -= size
-    return chunks

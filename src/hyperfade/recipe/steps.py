@@ -128,6 +128,9 @@ class Quantize(Section):
         default=None, ge=0, description="neighbours that share a scale, 0 for rows [default: int4 and nf4 64, others 0]"
     )
     rest: bool = Field(default=False, description="attention and the other linears too; never head and embeddings")
+    calibrated: bool = Field(
+        default=True, description="int4: numbers by what layers read on fit.samples training samples, not the nearest"
+    )
 
     @model_validator(mode="before")
     @classmethod
