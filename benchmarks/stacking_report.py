@@ -1,7 +1,7 @@
 """The stacking table and its targets, from the results that `stacking.py` keeps; and how products run in few bits."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quantization import BITS
@@ -10,6 +10,7 @@ from rounding_quality import GROUPINGS
 from stacking import CALIBRATED, FORMATS, METHODS, MODELS, SAMPLES
 
 BEGIN, END = "<!-- stacking:begin", "<!-- stacking:end -->"
+IN_README = ("dense", "products n=4", "products n=2", "recipe quarter")
 TITLES = {"embedded": "the model that ships", "language": "SmolLM2-135M"}
 MOST_POINTS, MOST_RATIO, MOST_BYTES = 0.5, 0.03, 0.08
 Kept = Mapping[str, Any]
@@ -49,12 +50,12 @@ def speed_columns(kept: Kept, name: str, method: str, to: str) -> list[str]:
     return [same, *(f"{whole[key] / own[key]:.2f}×" for key in seconds)]
 
 
-def stacking_table(kept: Kept) -> str:
-    """A row for every cell that was measured."""
+def stacking_table(kept: Kept, methods: Iterable[str] = METHODS) -> str:
+    """A row for every cell of these methods that was measured."""
     rows = []
     for name in MODELS:
         dense = kept["cells"].get(f"{name}|dense|bf16")
-        for method in METHODS:
+        for method in methods:
             for to in (*FORMATS, CALIBRATED):
                 cell = kept["cells"].get(f"{name}|{method}|{to}")
                 if cell is None or dense is None:
@@ -181,7 +182,7 @@ def with_stacking(readme: str, kept: Kept) -> str:
     """The README's text with the part between the markers made anew."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    return f"{head}{BEGIN}{marker}\n{stacking_table(kept)}\n\n{footnote(kept)}\n{END}{rest.split(END, 1)[1]}"
+    return f"{head}{BEGIN}{marker}\n{stacking_table(kept, IN_README)}\n\n{footnote(kept)}\n{END}{rest.split(END, 1)[1]}"
 
 
 def calls_section(kept: Kept) -> list[str]:

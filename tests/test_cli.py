@@ -382,6 +382,8 @@ def test_quantize_by_what_layers_read(call: Any, tmp_path: Path) -> None:
     assert (code, err.splitlines()[0]) == (2, "Error: Calibrated rounding is for int4, not int8.")
     code, _, err = call("quantize", EMBEDDED, "--to", "int4", "--data", "no.jsonl", "--output", str(tmp_path / "other"))
     assert (code, "no.jsonl" in err) == (2, True)
+    code, _, err = call("quantize", EMBEDDED, "--to", "int4", "--samples", "3", "--output", str(tmp_path / "other"))
+    assert (code, err.splitlines()[0]) == (2, "Error: --samples counts examples of --data, and there is no --data.")
     assert [path.name for path in tmp_path.iterdir()] == ["int4"]
 
 

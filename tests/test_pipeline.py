@@ -488,6 +488,7 @@ def test_a_quantized_run_saves_what_it_measured(tmp_path: Path) -> None:
     assert results["quantized"]["bytes"]["after"] < 0.17 * results["quantized"]["bytes"]["before"]  # float32 before
     assert results["params_ratio"] == results["parameters"]["compressed"] / results["parameters"]["dense"]
     assert any(line.startswith("[compressed] int4 by groups of 64, calibrated: 12 matrices") for line in lines)
+    assert results["quantized"]["never_reached"] == []
     assert results["disk_bytes"]["compressed"] < 0.5 * results["disk_bytes"]["dense"]
     model = load(str(recipe.output / "model"))
     assert {type(layer) for layer in light_modules(model).values()} == {PHMLinear}

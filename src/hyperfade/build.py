@@ -123,8 +123,8 @@ def _quantized_(student: Any, variant: Variant, task: Task, storage: torch.dtype
     moments_of: MomentsOf | None = None
     if wanted.to == "int4" and wanted.calibrated:
         say(f"[{variant.name}] rounding by what layers read on {variant.fit.samples} training samples")
-        batches = task.calibration_batches(variant.fit)
-        moments_of = partial(second_moments, student.eval(), batches=batches, ridge=0, alone=True)
+        batches = task.calibration_batches(variant.fit, alone=True)  # others are done by now
+        moments_of = partial(second_moments, student.eval(), batches=batches, ridge=0, alone=True, reached_only=True)
     # scales are stored like the weights they scale
     report = quantize_(
         *(student, wanted.to, wanted.group_size, wanted.rest), scale_dtype=storage, moments_of=moments_of
@@ -138,6 +138,7 @@ def _quantized_(student: Any, variant: Variant, task: Task, storage: torch.dtype
         "calibrated": report.calibrated,
         "matrices": len(report.low_bits),
         "smaller_groups": {str(size): names for size, names in report.smaller.items()},
+        "never_reached": report.never_reached,
         "left": [list(pair) for pair in report.left],
         "bytes": {"before": report.bytes_before, "after": report.bytes_after},
     }

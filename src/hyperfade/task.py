@@ -85,11 +85,14 @@ class Task:
 
         return characters if train.group_by_length else None
 
-    def calibration_batches(self, fit: Fit) -> list[dict[str, Tensor]]:
-        """Batches of a seeded sample of training examples; of several processes, this one's share of them."""
+    def calibration_batches(self, fit: Fit, *, alone: bool = False) -> list[dict[str, Tensor]]:
+        """Batches of a seeded sample of training examples; of several processes, this one's share of them, unless it
+        works `alone`."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         chosen = torch.randperm(len(self.source), generator=generator)[: fit.samples].tolist()
         batches = [chosen[i : i + fit.batch_size] for i in range(0, len(chosen), fit.batch_size)]
+        if alone:
+            return [self.training_batch(batch) for batch in batches]
         if len(batches) < join().num_processes:
             raise FitError(
                 f"fit.samples {fit.samples} in batches of {fit.batch_size} are {len(batches)} calibration batches for "

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 
-from hyperfade.algebra import Algebra, output_error
+from hyperfade.algebra import Algebra, moments, output_error
 from hyperfade.compose.quantize import quantize_
 from hyperfade.compose.rounding import moments_in_core, rounded_for
 from hyperfade.distill import second_moments
@@ -116,13 +116,50 @@ def test_what_counts_in_a_core_is_what_its_errors_do_to_the_output(algebra: Alge
     x = correlated(shape[0], 64)
     moment, exact = x.T @ x / len(x), layer.weight.clone()
     core = layer.T.flatten(0, 1) if algebra.form == "products" else layer.core.weight
-    moments = moments_in_core(layer, moment)
-    for rows, own in zip(core.chunk(len(moments)), moments, strict=True):
+    of_parts = moments_in_core(layer, moment)
+    for rows, own in zip(core.chunk(len(of_parts)), of_parts, strict=True):
         off = torch.randn_like(rows)
         rows += off
         seen = layer.weight - exact
         assert torch.allclose(((off @ own) * off).sum(), ((seen @ moment) * seen).sum())
         rows -= off
+
+
+def readings(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    return partial(second_moments, model, batches=[batch], ridge=0, reached_only=True)
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_a_model_in_bfloat16_is_calibrated_part_by_part(rest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llama"]
+    model = family.build(dtype=torch.bfloat16)
+    asked: list[list[str]] = []
+    of_model = readings(model, family.inputs(torch.bfloat16))
+
+    def moments_of(modules: Any) -> Any:
+        asked.append(list(modules))
+        return of_model(modules)
+
+    monkeypatch.setattr(moments, "_MOMENTS_BYTES", 2 * 8 * 64**2)
+    report = quantize_(model, "int4", rest=rest, moments_of=moments_of)
+    assert len(asked) > 1
+    assert [name for part in asked for name in part] == [n for n, _ in model.named_modules() if n in report.low_bits]
+    assert not report.never_reached
+    assert torch.isfinite(model(**family.inputs(torch.bfloat16)).logits).all()
+
+
+def test_what_no_example_reaches_is_rounded_to_nearest_and_named() -> None:
+    family = FAMILIES["llava_siglip"]
+    calibrated, plain = family.build(), family.build()
+    text = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[0, 1, 1, 1]])}
+    report = quantize_(calibrated, "int4", 32, moments_of=readings(calibrated, text))
+    quantize_(plain, "int4", 32)
+    assert report.never_reached
+    assert all(".vision_tower." in name for name in report.never_reached)
+    assert any(line.startswith("to nearest, as no calibration example gets there: ") for line in report.lines())
+    for name, low in low_bit_modules(plain).items():
+        same = torch.equal(calibrated.get_submodule(name).qdata, low.qdata)
+        assert same == (name in report.never_reached)
 
 
 def test_other_formats_are_refused_before_anything_is_changed() -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hyperfade.cli.shared import ANY_LENGTH, refuse_existing
+from hyperfade.cli.shared import refuse_existing
+from hyperfade.errors import PlanError
 from hyperfade.formats import Format
 
 if TYPE_CHECKING:
@@ -32,19 +33,23 @@ def quantize(
         str | None,
         typer.Option(help="Calibrate int4 on these: easy-vqa:train, a .jsonl file, or datasets:NAME[:SPLIT]."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of these examples that are used.")] = 128,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="So many of these examples, a seeded sample.", show_default="128")
+    ] = None,
 ) -> None:
     """Round a checkpoint's FFNs to few bits, as torchao or bitsandbytes do; the result loads like any other."""
     from hyperfade.compose.quantize import check_format, quantize_
     from hyperfade.hub import load, load_processor, mark_, save
     from hyperfade.measure import disk_bytes
 
+    if samples and not data:
+        raise PlanError("--samples counts examples of --data, and there is no --data.", "Give both, or neither.")
     check_format(to, group_size, calibrated=data is not None)
     folder = output or Path(f"{model.rstrip('/')}-{to}")
     refuse_existing(folder)
     loaded, processor = load(model), load_processor(model)
     report = quantize_(
-        *(loaded, to, group_size, rest), moments_of=_readings(loaded, processor, data, samples) if data else None
+        *(loaded, to, group_size, rest), moments_of=_readings(loaded, processor, data, samples or 128) if data else None
     )
     mark_(loaded)
     save(loaded, folder, processor)
@@ -57,13 +62,16 @@ def _readings(model: Any, processor: Any, data: str, samples: int) -> "MomentsOf
 
     from hyperfade.data import Collator, open_source
     from hyperfade.distill import second_moments
+    from hyperfade.hub import takes_images
+    from hyperfade.recipe import Data
 
-    source, collator = open_source(data), Collator(processor, max_tokens=ANY_LENGTH)
+    source = open_source(data, needs_images=takes_images(model.config))
+    collator = Collator(processor, max_tokens=Data().max_tokens)
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:samples].split(_BATCH)
     batches = [collator.training_batch([source[i] for i in part.tolist()]) for part in chosen]
     for batch in batches:
         batch |= {key: value.to(model.dtype) for key, value in batch.items() if value.is_floating_point()}
-    return partial(second_moments, model, batches=batches, ridge=0)
+    return partial(second_moments, model, batches=batches, ridge=0, reached_only=True)
 
 
 def export(

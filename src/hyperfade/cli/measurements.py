@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hyperfade.cli.shared import ANY_LENGTH, DataOption, SetOption, chosen_recipe
+from hyperfade.cli.shared import DataOption, SetOption, chosen_recipe
 from hyperfade.errors import DataError, RecipeError
 from hyperfade.formats import Dtype
 
 if TYPE_CHECKING:
     from hyperfade.recipe import Recipe
+
+_ANY_LENGTH = 10**9  # tokens: a benchmark leaves the limit to the model
 
 
 def evaluate(
@@ -135,7 +137,7 @@ def benchmark(
     source = open_source(data)
     if batch_size > len(source):
         raise DataError(f"{data} has {len(source)} prompts, --batch-size asks for {batch_size}.", "Ask for fewer.")
-    prompt = Collator(load_processor(models[0]), max_tokens=ANY_LENGTH).prompt_batch(
+    prompt = Collator(load_processor(models[0]), max_tokens=_ANY_LENGTH).prompt_batch(
         [source[i] for i in range(batch_size)]
     )
     first = loaded[models[0]]

@@ -11,8 +11,6 @@ from hyperfade.errors import OutputError, RecipeError
 if TYPE_CHECKING:
     from hyperfade.recipe import Recipe
 
-ANY_LENGTH = 10**9  # tokens of an example: for commands that leave the limit to the model
-
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A YAML file, or a recipe that ships: half, quarter, eighth, paper, demo.")
 ]

@@ -40,12 +40,14 @@ from hyperfade.surgery import find_experts, find_ffns
 DEFAULT_GROUP = {"int8": 0, "int4": 64, "nf4": 64, "fp8": 0}  # 0: whole rows
 _NF4_GROUPS = (32, 64, 128, 256)
 MomentsOf = Callable[[Mapping[str, nn.Module]], Mapping[str, Any]]
-"""Modules by name → C (d, d) of what each reads, as `distill.second_moments` gathers it over batches."""
+"""Modules by name → C (d, d) of what each reads, as `distill.second_moments` gathers it over batches; those that
+nothing reaches may be missing."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize_` did. `low_bits` by module name; `left` are (name, why) that keep their dtype."""
+    """What `quantize_` did. `low_bits` by module name; `left` are (name, why) that keep their dtype; calibration
+    did not get to `never_reached`, which are rounded to nearest."""
 
     to: Format
     group_size: int
@@ -54,6 +56,7 @@ class Quantized:
     bytes_before: int
     bytes_after: int
     calibrated: bool
+    never_reached: list[str]
 
     @property
     def smaller(self) -> dict[int, list[str]]:
@@ -70,6 +73,8 @@ class Quantized:
         how = ", calibrated" if self.calibrated else ""
         lines = [f"{self.to} by {_groups(self.group_size)}{how}: {len(self.low_bits)} matrices, {megabytes}"]
         lines += [f"by {_groups(size)}: {_some(names)}" for size, names in self.smaller.items()]
+        if self.never_reached:
+            lines.append(f"to nearest, as no calibration example gets there: {_some(self.never_reached)}")
         reasons: dict[str, list[str]] = {}
         for name, why in self.left:
             reasons.setdefault(why, []).append(name)
@@ -91,9 +96,10 @@ def quantize_(
     group_size: neighbours in a row that share a scale, 0 for whole rows [default: int4 and nf4 64, others 0]. A width
     that it does not divide gets what `fitting_group` finds, or the matrix stays as it is; the report says which.
     scale_dtype: what int4 keeps its scales in [default: the weights' dtype]. moments_of: calibrates int4; it is asked
-    for as many layers at a time as memory holds, while those before are rounded already. `mark_` the model before
-    saving it.
-    Raises `MissingLibraryError`, `PlanError` or `NothingMatchedError` before anything is changed.
+    for as many layers at a time as memory holds, in the order of the model, while those before are rounded already.
+    `mark_` the model before saving it.
+    Raises `MissingLibraryError`, `PlanError` or `NothingMatchedError` before anything is changed; what `moments_of`
+    raises leaves the model rounded in part.
     """
     wanted, library = check_format(to, group_size, calibrated=moments_of is not None)
     if low_bit_modules(model):
@@ -118,21 +124,25 @@ def quantize_(
             phm.stack_()
     before = sum(model.get_submodule(name).weight.nbytes for name in low_bits)  # type: ignore[union-attr]
     measured = {name: name.removesuffix(".core") if name in cores else name for name in low_bits}
-    features = {name: cast(Any, model.get_submodule(measured[name])).in_features for name in low_bits}
+    in_order = [name for name, _ in model.named_modules() if name in low_bits]
+    features = {name: cast(Any, model.get_submodule(measured[name])).in_features for name in in_order}
+    never_reached = []
     for names in together(features) if moments_of else [list(low_bits)]:
         modules = {measured[name]: model.get_submodule(measured[name]) for name in names}
-        read = moments_of(modules) if moments_of else {}
+        read = dict(moments_of(modules)) if moments_of else {}
         for name in names:
-            moments = [read[measured[name]]] if moments_of else []
+            moments = [read.pop(measured[name])] if measured[name] in read else []
             if moments and name in cores:
                 moments = moments_in_core(cores[name], moments[0])
+            if moments_of and not moments:
+                never_reached.append(name)
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             rounded = _rounded(linear, low_bits[name], library, scale_dtype or linear.weight.dtype, moments)
             model.set_submodule(name, rounded)
     after = sum(tensor.nbytes for layer in low_bit_modules(model).values() for tensor in layer.buffers())
     pack_(model)
-    return Quantized(to, wanted, low_bits, left, before, after, moments_of is not None)
+    return Quantized(to, wanted, low_bits, left, before, after, moments_of is not None, never_reached)
 
 
 def check_format(to: Format, group_size: int | None = None, *, calibrated: bool = False) -> tuple[int, Any]:

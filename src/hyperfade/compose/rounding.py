@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperfade.algebra import in_float64
 from hyperfade.nn import PHMLinear
 
 _DAMPING = 0.1  # of the inputs' mean energy, added to each: with less, weak inputs make up for a massive one
@@ -36,7 +37,7 @@ def rounded_for(weight: Tensor, moment: Tensor, group: int, grid: Grid) -> Round
     """weight (k, d) in groups of `group` columns, the last one narrower where d is no multiple, for inputs whose second
     moment is `moment` C (d, d)."""
     root = _root_of_inverse(moment)
-    left = weight.detach().to(root.device, root.dtype).clone()
+    left = in_float64(weight).to(root.device, copy=True)
     numbers = torch.empty_like(left, dtype=torch.uint8)
     scales, zero_points = [], []
     for first in range(0, left.shape[1], group):
@@ -76,7 +77,9 @@ def moments_in_core(layer: PHMLinear, moment: Tensor) -> list[Tensor]:
     n, width = layer.algebra.n, layer.in_features // layer.algebra.n
     blocks = moment.double().view(n, width, n, width)
     by_products = layer.algebra.form == "products"
-    mixing = (layer.P[:, :, None] * layer.Q[:, None, :] if by_products else layer.A).detach().to(blocks)
+    factors = (layer.P, layer.Q) if by_products else (layer.A,)
+    p, *q = (in_float64(factor).to(blocks.device) for factor in factors)
+    mixing = p[:, :, None] * q[0][:, None, :] if by_products else p
     if layer.mixes_in and not by_products:
         whole = torch.einsum("iab,jac,bpcq->ipjq", mixing, mixing, blocks)
         return [whole.reshape(len(mixing) * width, -1)]

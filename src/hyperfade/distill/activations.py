@@ -48,7 +48,9 @@ def second_moments(
     ridge: float,
     expert_prior: float = 0.1,
     send: Run | None = None,
+    *,
     alone: bool = False,
+    reached_only: bool = False,
 ) -> dict[str, Moment]:
     """C (d, d), float64, of the inputs of every one of `layers` (by name), over all batches in one pass over them, with
     `ridge` on the diagonal; padding of the text does not count. Of matrices of experts one for each, and the average of
@@ -56,7 +58,8 @@ def second_moments(
     moments over all of them; not where the calling one is `alone` in this. send: how a batch reaches the layers
     [default: `run`].
 
-    All of them are in memory at a time. Raises `FitError` where a layer is never reached or its inputs are not finite.
+    All of them are in memory at a time. Raises `FitError` where a layer is never reached (with `reached_only` it is
+    left out) or its inputs are not finite.
     """
     moments: dict[str, list[SecondMoment]] = {}  # one, or one for each expert
     met: set[str] = set()
@@ -90,6 +93,8 @@ def second_moments(
     results: dict[str, Moment] = {}
     for name, module in layers.items():
         tokens = [moment.num_tokens for moment in moments.get(name, [])]
+        if not any(tokens) and reached_only:
+            continue
         if not any(tokens):
             raise FitError(f"No calibration batch reaches {name}.", "Give calibration data with images and text.")
         weight = module.weight
