@@ -14,7 +14,7 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 from toy import calibration
 
-from hyperfade.algebra import low_rank, rank_errors, ridge_
+from hyperfade.algebra import low_rank, moments, rank_errors, ridge_
 from hyperfade.distill import Allocation, allocate, answers_only, fit_
 from hyperfade.distill.activations import second_moments, sensitivities
 from hyperfade.distill.knapsack import cheapest
@@ -304,7 +304,7 @@ def test_matrices_on_one_input_share_a_second_moment_and_memory_is_kept_within_a
     assert [len(names) for names in gathered] == [6]  # three FFNs: gate and up read one input
     assert not any("up_proj" in name for name in gathered[0])
     gathered.clear()
-    monkeypatch.setattr(module, "_MOMENTS_BYTES", 8 * (32 * 32 + 48 * 48))
+    monkeypatch.setattr(moments, "_MOMENTS_BYTES", 8 * (32 * 32 + 48 * 48))
     assert allocate(model, _replace("low_rank", 0.4, vision=None), batches) == whole
     assert [len(names) for names in gathered] == [2, 2, 2]
 
