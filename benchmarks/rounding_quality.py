@@ -15,29 +15,22 @@ from typing import Any
 import torch
 from quantization import BITS, GROUP, parts
 from rounding import nearest
-from stacking import METHODS, MODELS, arguments, checkpoint, quality
+from stacking import METHODS, MODELS, arguments, checkpoint, ffn_matrices, quality
 from torch import Tensor, nn
 
 from hyperfade.hub import load
 from hyperfade.measure import machine
-from hyperfade.nn import fitting_group, light_modules
-from hyperfade.surgery import find_ffns
+from hyperfade.nn import fitting_group
 from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "rounding_quality.json"
 GROUPINGS = ("rows", "groups")
 
 
-def replaced(model: nn.Module) -> list[nn.Module]:
-    """What stands for the FFNs' matrices, or those matrices where nothing replaces them; projectors aside."""
-    dense = {n for ffn in find_ffns(model, with_light=True) if ffn.region != "projector" for n in ffn.linears}
-    return [model.get_submodule(name) for name in dense | light_modules(model).keys()]
-
-
 @torch.no_grad()
 def round_(model: nn.Module, bits: int, grouping: str) -> None:
     """Round every FFN matrix in place, the arithmetic in float32."""
-    for layer in replaced(model):
+    for layer in ffn_matrices(model):
         for tensor in parts(layer)[0].values():
             group = (fitting_group("int8", tensor.shape[1], GROUP) or 0) if grouping == "groups" else 0
             tensor.copy_(nearest(tensor.float(), bits, group))

@@ -101,11 +101,15 @@ def quality(args: argparse.Namespace, name: str, model: Any, folder: Path) -> di
     return {"exact_match": found.value, "low": found.low, "high": found.high}
 
 
+def ffn_matrices(model: Any) -> list[nn.Module]:
+    """What stands for the matrices of all FFNs, or these themselves where nothing replaces them; projectors aside."""
+    dense = {n for ffn in find_ffns(model, with_light=True) if ffn.region != "projector" for n in ffn.linears}
+    return [model.get_submodule(name) for name in dense | light_modules(model).keys() | low_bit_modules(model).keys()]
+
+
 def ffn_bytes(model: Any) -> int:
     """What the matrices of all FFNs take in memory."""
-    dense = {n for ffn in find_ffns(model, with_light=True) if ffn.region != "projector" for n in ffn.linears}
-    names = dense | light_modules(model).keys() | low_bit_modules(model).keys()
-    return weight_bytes(nn.ModuleList(model.get_submodule(name) for name in names))
+    return weight_bytes(nn.ModuleList(ffn_matrices(model)))
 
 
 def checkpoint(args: argparse.Namespace, name: str, method: str, to: str, moments: dict[str, Tensor]) -> Path:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_quantize import LAYERS
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from hyperfade.compose.quantize import quantize_
 from hyperfade.compose.rounding import moments_in_core, rounded_for
 from hyperfade.distill import second_moments
 from hyperfade.errors import PlanError
-from hyperfade.nn import LowRankLinear, NarrowLinear, PHMLinear, low_bit_modules
+from hyperfade.nn import PHMLinear, low_bit_modules
 
 pytest.importorskip("torchao")
 
@@ -76,16 +77,6 @@ def test_a_feature_that_never_comes_and_one_token_are_no_obstacle() -> None:
     x[:, 3] = 0
     found = rounded_for(weight, x.T @ x, 4, unit_grid)
     assert torch.equal(found.numbers[:, 3], to_nearest(weight)[:, 3])
-
-
-LAYERS = {
-    "products": lambda: PHMLinear(256, 128, Algebra.products(4, 6)),
-    "companion": lambda: PHMLinear(256, 512, Algebra.products(2, 3), companion_rank=32),
-    "mix in": lambda: PHMLinear(128, 256, Algebra.learned(2, 2)),
-    "mix out": lambda: PHMLinear(256, 128, Algebra.named("quaternion")),
-    "low-rank": lambda: LowRankLinear(128, 256, 64, bias=True),
-    "narrow": lambda: NarrowLinear(128, 96, bias=True),
-}
 
 
 @pytest.mark.parametrize("kind", LAYERS)

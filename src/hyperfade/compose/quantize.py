@@ -229,26 +229,22 @@ def _rounded(
 def _int4(weight: Tensor, group: int, library: Any, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """qdata, scale and zero point: torchao's asymmetric groups, rounded with the scale as it is
     stored."""
-    tensor, block, int4 = library.IntxUnpackedToInt8Tensor, (1, group), cast(Any, torch).int4
-    width = weight.shape[1]
+    tensor, width = library.IntxUnpackedToInt8Tensor, weight.shape[1]
     exact = F.pad(weight.detach().float(), (0, -width % group))  # zeros, which never set a group's extremes
-    found = tensor.from_hp(exact, block, int4, mapping_type=library.MappingType.ASYMMETRIC)
-    scale = found.scale.clamp_min(torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
-    fixed = {"custom_scale": scale.float(), "custom_zero_point": found.zero_point}
-    again = tensor.from_hp(exact, block, int4, intx_choose_qparams_algorithm=None, **fixed)
-    return two_to_a_byte(again.qdata[:, :width] + 8), scale.to(weight.dtype), found.zero_point + 8
+    scale, zero_point = _int4_grid(exact, group, library, scale_dtype)
+    fixed = {"custom_scale": scale.float(), "custom_zero_point": zero_point - 8}
+    four_bits = cast(Any, torch).int4
+    again = tensor.from_hp(exact, (1, group), four_bits, intx_choose_qparams_algorithm=None, **fixed)
+    return two_to_a_byte(again.qdata[:, :width] + 8), scale.to(weight.dtype), zero_point
 
 
 def _calibrated_int4(
     weight: Tensor, group: int, library: Any, scale_dtype: torch.dtype, moments: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by what is read: torchao's scales and zero points, and `rounded_for`'s numbers."""
-    tensor, int4 = library.IntxUnpackedToInt8Tensor, cast(Any, torch).int4
 
     def grid(columns: Tensor) -> tuple[Tensor, Tensor]:
-        found = tensor.from_hp(columns, (1, columns.shape[1]), int4, mapping_type=library.MappingType.ASYMMETRIC)
-        scale = found.scale.clamp_min(torch.finfo(scale_dtype).smallest_normal).to(scale_dtype)
-        return scale, found.zero_point + 8
+        return _int4_grid(columns, columns.shape[1], library, scale_dtype)
 
     rows = weight.detach().chunk(len(moments))
     found = [rounded_for(part, moment, group, grid) for part, moment in zip(rows, moments, strict=True)]
@@ -257,6 +253,13 @@ def _calibrated_int4(
         for key in ("numbers", "scale", "zero_point")
     )
     return two_to_a_byte(numbers), scale.to(weight.dtype), zero_point
+
+
+def _int4_grid(exact: Tensor, group: int, library: Any, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """torchao's scale, as it is stored, and zero point, 0 to 15, of each group of exact (k, d): (k, d / group) each."""
+    asymmetric, four_bits = library.MappingType.ASYMMETRIC, cast(Any, torch).int4
+    found = library.IntxUnpackedToInt8Tensor.from_hp(exact, (1, group), four_bits, mapping_type=asymmetric)
+    return found.scale.clamp_min(torch.finfo(scale_dtype).smallest_normal).to(scale_dtype), found.zero_point + 8
 
 
 def _torchao() -> Any:

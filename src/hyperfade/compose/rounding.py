@@ -77,9 +77,8 @@ def moments_in_core(layer: PHMLinear, moment: Tensor) -> list[Tensor]:
     n, width = layer.algebra.n, layer.in_features // layer.algebra.n
     blocks = moment.double().view(n, width, n, width)
     by_products = layer.algebra.form == "products"
-    factors = (layer.P, layer.Q) if by_products else (layer.A,)
-    p, *q = (in_float64(factor).to(blocks.device) for factor in factors)
-    mixing = p[:, :, None] * q[0][:, None, :] if by_products else p
+    mixing = in_float64(layer.P)[:, :, None] * in_float64(layer.Q)[:, None, :] if by_products else in_float64(layer.A)
+    mixing = mixing.to(blocks.device)
     if layer.mixes_in and not by_products:
         whole = torch.einsum("iab,jac,bpcq->ipjq", mixing, mixing, blocks)
         return [whole.reshape(len(mixing) * width, -1)]
