@@ -3,7 +3,8 @@
 At the true shapes of three models, whole FFNs and single matrices, float32 and bfloat16, 1 to 2048 tokens. A round
 times every layer once; what is kept are medians and quartiles of the rounds' ratios. Calls go round copies of a layer
 that exceed the last cache four times, as weights in a model do; with few tokens a second timing leaves the weights in
-the cache (`hot`), to show what that would make of the numbers. The machine's ceilings are measured in the same run.
+the cache (`hot`), to show what that would make of the numbers. Whole FFNs in bfloat16 run twice, as they are and compiled
+by `torch.compile`. The machine's ceilings are measured in the same run.
 
 Every finished cell is kept; a repeat goes on with those that are missing, unless --fresh is given.
 """
@@ -21,7 +22,16 @@ from torch import nn
 
 from hyperfade.errors import AlgebraError
 from hyperfade.measure import device, machine
-from hyperfade.measure.layers import TOKENS, LayerTime, copies, describe, input_width, lone_ffn, time_layers
+from hyperfade.measure.layers import (
+    TOKENS,
+    LayerTime,
+    compiled_copies,
+    copies,
+    describe,
+    input_width,
+    lone_ffn,
+    time_layers,
+)
 from hyperfade.measure.roofline import ceilings
 from hyperfade.recipe import Replace
 from hyperfade.surgery import FFN, Swap, find_ffns, plan
@@ -29,6 +39,7 @@ from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "ffn_speed.json"
 HOT_TOKENS = (1, 8)
+COMPILED = ("dense", *VARIANTS, "low-rank 1/4")
 
 
 @dataclass(frozen=True)
@@ -104,11 +115,12 @@ class Cell:
 
 
 def cells(quick: bool) -> Iterator[Cell]:
-    """All cells, those of one shape and dtype together. Quick: whole FFNs in bfloat16, three token counts, cold."""
+    """All cells, those of one shape and dtype together; matrices in bfloat16 only. Quick: whole FFNs in bfloat16, three
+    token counts, cold."""
     for shape in shapes():
-        for dtype in ("bfloat16",) if quick else ("bfloat16", "float32"):
-            if quick and shape.part == "matrix":
-                continue
+        if quick and shape.part == "matrix":
+            continue
+        for dtype in ("bfloat16",) if quick or shape.part == "matrix" else ("bfloat16", "float32"):
             for tokens in (1, 64, 512) if quick else TOKENS:
                 if shape.part == "matrix" and tokens == max(TOKENS):
                     continue  # whole FFNs show it, and it takes longest
@@ -168,6 +180,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 200  # all variants of a model's FFN are one class
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently as if nothing was compiled
     kept = read_json(args.output) if args.output.exists() and not args.fresh else {"cells": {}}
     results = {
         "machine": machine(),
@@ -202,6 +216,8 @@ def main() -> None:
                 name: copies(lone_ffn(shape.model, shape.ffn, swaps, getattr(torch, cell.dtype), device()))
                 for name, swaps in shape.choices.items()
             }
+            if (shape.part, cell.dtype) == ("ffn", "bfloat16"):
+                layers |= {f"{name}, compiled": compiled_copies(layers[name]) for name in COMPILED if name in layers}
             built = (shape.name, cell.dtype, layers)
         results["cells"][cell.key] = measure(cell, built[2], (3, 15) if call_seconds > 0.3 else (7, 15))
         write_json(args.output, results)
@@ -215,7 +231,7 @@ def main() -> None:
 def _expected_seconds(cell: Cell, roofs: dict[str, Any]) -> float:
     """For the estimate of what is left: five calls of all layers, or the rounds' own length."""
     call_seconds = 2 * cell.shape.multiply_adds * cell.tokens / roofs[cell.dtype]["flops_per_second"]
-    return 2 + 5 * call_seconds * len(cell.shape.choices) * 0.6
+    return 5 + 9 * call_seconds * len(cell.shape.choices) * 0.6
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 True shapes, random weights, bfloat16, no download: time to first token with an image (vision tower and prompt in one
 prefill), time per output token at batch 1 and 8, time to load, memory. Each cell is a process of its own that builds
 the dense model and some variants and times them in alternating rounds. Beside it stands what Amdahl's law predicts from
-the FFN's share of the dense model's time and the FFNs' own speed-ups, both measured in that process.
+the FFN's share of the dense model's time and the FFNs' own speed-ups, both measured in that process. Hypercomplex
+variants run twice, as they are and with their FFNs compiled.
 
 Every finished cell is kept; a repeat goes on with those that are missing, unless --fresh is given.
 """
@@ -28,11 +29,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import MODELS
-from whole_models import SHARED_PERIOD, built, compressed, decode, prefill, prompt
+from shapes import LOW_RANK, MODELS
+from whole_models import SHARED_PERIOD, built, compressed, decode, prefill, prompt, twin
 
 from hyperfade.measure import disk_bytes, machine, speedup, time_alternately
 from hyperfade.measure.speed import now
+from hyperfade.nn import compile_
 from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "model_speed.json"
@@ -65,12 +67,18 @@ def speed_cell(cell: SpeedCell) -> dict[str, Any]:
     models, plans = {"dense": dense}, {}
     for variant in cell.group:
         models[variant], plans[variant] = compressed(dense, name, variant, period)
+        if variant not in LOW_RANK:
+            models[f"{variant}, compiled"], plans[f"{variant}, compiled"] = twin(models[variant]), plans[variant]
+            compile_(models[f"{variant}, compiled"])
     batch, patches = prompt(dense)
     text = {key: batch[key][:, -8:] for key in ("input_ids", "attention_mask")}
     caches: dict[str, Any] = {}
     for variant, model in models.items():
         caches[variant] = prefill(model, text)
         decode(model, *caches[variant], 1)  # a short warm-up: the first touch of the weights
+        if variant.endswith("compiled"):
+            prefill(model, batch)  # every region's graph for many tokens
+            decode(model, *_widened(*caches[variant], 2), 1)
     ffn_seconds = _listen(dense, next(iter(plans.values())))
     first: dict[str, list[float]] = defaultdict(list)
     share: dict[str, list[float]] = defaultdict(list)  # of the dense model's time, by phase and region

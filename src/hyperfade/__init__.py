@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hyperfade.nn import BlendLinear as BlendLinear
     from hyperfade.nn import LowRankLinear as LowRankLinear
     from hyperfade.nn import PHMLinear as PHMLinear
+    from hyperfade.nn import compile_ as compile_
     from hyperfade.nn import keep_derived_ as keep_derived_
     from hyperfade.pipeline import compress as compress
     from hyperfade.recipe import Recipe as Recipe
@@ -30,6 +31,7 @@ _HOMES = {
     "LowRankLinear": "nn",
     "PHMLinear": "nn",
     "Recipe": "recipe",
+    "compile_": "nn",
     "compress": "pipeline",
     "evaluate": "measure",
     "fold_": "hub",

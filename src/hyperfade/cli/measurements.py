@@ -118,22 +118,33 @@ def benchmark(
         Dtype | None,
         typer.Option(help="What the models run in.", show_default="float32; with --recipe, the recipe's"),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Let torch compile the hypercomplex FFNs; takes seconds before the first round."
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
     """Time models side by side, in one run: prefill and decode of finished checkpoints; or, with --recipe, what a
     model's FFNs would gain on this machine, from its config alone."""
     if recipe is not None:
-        _benchmark_ffns(models, chosen_recipe(recipe, changes), tokens, dtype, output)
+        _benchmark_ffns(models, chosen_recipe(recipe, changes), tokens, dtype, compiled, output)
         return
     if changes:
         raise RecipeError("--set changes a recipe, and none was given.", "Add --recipe, or leave out --set.")
     from hyperfade.data import Collator, open_source
     from hyperfade.hub import load, load_processor
     from hyperfade.measure import compare_speed, device, machine
+    from hyperfade.nn import compile_
     from hyperfade.workspace import write_json
 
     dtype = dtype or "float32"
     loaded: dict[str, Any] = {name: load(name, dtype).to(device()) for name in models}  # pyright: ignore
+    if compiled and not [ffn for model in loaded.values() for ffn in compile_(model)]:
+        raise RecipeError(
+            f"--compile: {', '.join(models)}: no hypercomplex layers to compile.", "Name a compressed checkpoint too."
+        )
     source = open_source(data)
     if batch_size > len(source):
         raise DataError(f"{data} has {len(source)} prompts, --batch-size asks for {batch_size}.", "Ask for fewer.")
@@ -151,11 +162,19 @@ def benchmark(
             f"{speed.decode_speedup_range[0]:.2f}-{speed.decode_speedup_range[1]:.2f})"
         )
     if output is not None:
-        facts = {"dtype": dtype, "batch_size": batch_size, "new_tokens": new_tokens, "rounds": rounds}
+        facts = {
+            "dtype": dtype,
+            "compiled": compiled,
+            "batch_size": batch_size,
+            "new_tokens": new_tokens,
+            "rounds": rounds,
+        }
         write_json(output, {"machine": machine(), **facts, "models": {n: asdict(s) for n, s in speeds.items()}})
 
 
-def _benchmark_ffns(models: list[str], chosen: "Recipe", tokens: str, dtype: Dtype | None, output: Path | None) -> None:
+def _benchmark_ffns(
+    models: list[str], chosen: "Recipe", tokens: str, dtype: Dtype | None, compiled: bool, output: Path | None
+) -> None:
     """What the FFNs of one model would gain on this machine."""
     import torch
 
@@ -183,10 +202,13 @@ def _benchmark_ffns(models: list[str], chosen: "Recipe", tokens: str, dtype: Dty
         device(),
         counts,
         lambda shape: typer.echo(f"timing {shape} ...", err=True),
+        compiled=compiled,
     )
     facts = machine()
     place = facts["processor"] if facts["accelerator"] == "none" else facts["accelerator"]
     typer.echo(f"{models[0]}, {kind}, {place}, {facts['threads']} threads")
     typer.echo("\n".join(ffn_lines(found)))
     if output is not None:
-        write_json(output, {"machine": facts, "dtype": kind, "ffns": [asdict(ffn) for ffn in found]})
+        write_json(
+            output, {"machine": facts, "dtype": kind, "compiled": compiled, "ffns": [asdict(ffn) for ffn in found]}
+        )

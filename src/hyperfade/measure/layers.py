@@ -69,8 +69,10 @@ def compare_ffns(
     device: torch.device,
     tokens: Iterable[int] = TOKENS,
     on_ffn: Callable[[str], None] = lambda shape: None,
+    compiled: bool = False,
 ) -> list[FFNSpeed]:
-    """Time every distinct FFN of `plan` dense, compressed, and low-rank of equal size. `model` may be on meta."""
+    """Time every distinct FFN of `plan` dense, compressed, and low-rank of equal size. `model` may be on meta.
+    compiled: let `torch.compile` have the compressed ones; the others gain nothing by it (docs/speed.md)."""
     found = []
     for ffn, swaps, count in distinct_ffns(model, plan):
         shape = describe(model, ffn)
@@ -79,6 +81,8 @@ def compare_ffns(
         choices = {"dense": (), "compressed": swaps, "low_rank": rivals}
         layers = {name: lone_ffn(model, ffn, chosen, dtype, device) for name, chosen in choices.items()}
         in_turn = {name: copies(layer) for name, layer in layers.items()}
+        if compiled:
+            in_turn["compressed"] = compiled_copies(in_turn["compressed"])
         times = {m: time_layers(in_turn, input_width(model, ffn), m) for m in tokens}
         labels, others = (tuple(dict.fromkeys(s.spec.label for s in some)) for some in (swaps, rivals))
         found.append(FFNSpeed(ffn.region, count, shape, labels, others, times))
@@ -232,6 +236,11 @@ def copies(layer: nn.Module, cache_bytes: int | None = None) -> list[nn.Module]:
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 
+def compiled_copies(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The same layers, compiled at their first call: one graph for a single token, one for more."""
+    return [torch.compile(layer, dynamic=True) for layer in layers]  # type: ignore[misc]
+
+
 def last_cache_bytes() -> int:
     """Size of the processor's last cache; 32 MB where the system does not tell."""
     sizes = [file.read_text(encoding="utf-8").strip() for file in _CACHES.glob("index*/size")]
@@ -253,8 +262,11 @@ def time_layers(
     flops = {}
     for name, (layer, *_) in layers.items():
         with FlopCounterMode(display=False) as counter:  # on the real device: the form may depend on it
-            layer(x)
+            getattr(layer, "_orig_mod", layer)(x)  # a compiled one would never be compiled after a call in this mode
         flops[name] = counter.get_total_flops()
+        for one in layers[name]:
+            one(x[:1])  # layers that read together lay their factors side by side at the first call
+        layer(x)
     turns = {name: cycle(same) for name, same in layers.items()}
     calls = {name: lambda turn=turn: next(turn)(x) for name, turn in turns.items()}
     times = time_alternately(calls, rounds=rounds, budget_seconds=budget_seconds, warm=True)

@@ -1,6 +1,7 @@
 """The layers: hypercomplex, low-rank, narrow, those of experts, and the blend that fades one into the other."""
 
 from hyperfade.nn.blend import BlendLinear
+from hyperfade.nn.compiled import compile_
 from hyperfade.nn.experts import ExpertsLinear, ExpertsLowRank, ExpertsPHM, Groups
 from hyperfade.nn.joint import JointReading
 from hyperfade.nn.low_bit import LowBit, LowBitLinear, bitsandbytes, fitting_group, low_bit_modules
@@ -27,6 +28,7 @@ __all__ = [
     "PHMLinear",
     "RoutedExperts",
     "bitsandbytes",
+    "compile_",
     "fitting_group",
     "keep_derived_",
     "light_modules",

@@ -14,13 +14,14 @@ Mixing moves M·n small blocks and is bound by memory and by the cost of a call,
 matrix product over the blocks, or a running sum over them. Where the coefficients are known numbers (`Rows`), the sum
 leaves out zeros and is a mere view where one coefficient of 1 is all there is. For training there is a third, one
 product over the blocks of all tokens: it copies x and y, but its gradients are such products again, where the others'
-are sums over M tiny ones.
+are sums over M tiny ones. Under `torch.compile` sums are written out block by block: a compiler makes one pass of them.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import Literal
 
 import torch
@@ -30,7 +31,10 @@ from torch import Tensor
 from hyperfade.algebra import Algebra
 
 _SLICES = 8  # with more, a slice gets too small to be read at full speed
-Mixing = Literal["matmul", "sums", "blocks"]
+_FEW_ELEMENTS = 2**16  # up to which a mix in half precision takes less by way of float32, on a CPU
+_WRITTEN_OUT = 256  # coefficients up to which a compiler gets a mix as sums
+_HALF = torch.bfloat16, torch.float16
+Mixing = Literal["matmul", "sums", "blocks", "fused"]
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -96,9 +100,19 @@ def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tenso
         z = torch.bmm(u, t.transpose(1, 2))
         y = torch.mm(p.T, z.flatten(1)).view(p.shape[1], x.shape[0], t.shape[1])
         return y.transpose(0, 1).flatten(1)
+    if mixing == "fused":
+        z = torch.bmm(torch.stack(_written_out(x.unbind(1), q)), t.transpose(1, 2))
+        return torch.cat(_written_out(z.unbind(0), p.T), 1)
     mix = mixed_by_sums if mixing == "sums" else mixed
-    z = torch.bmm(mix(x, q).transpose(0, 1), t.transpose(1, 2))
+    z = products(mix(x, q).transpose(0, 1), t)
     return mix(z.transpose(0, 1), p.T).flatten(1)
+
+
+def products(u: Tensor, t: Tensor) -> Tensor:
+    """Every product by itself, in one call: u (R, M, d/n), T (R, k/n, d/n): z (R, M, k/n)."""
+    if u.shape[1] == 1 and u.dtype == torch.float32 and u.device.type == "cpu":
+        return torch.bmm(t, u.transpose(1, 2)).transpose(1, 2)  # T first: in half of the time, see docs/log.md
+    return torch.bmm(u, t.transpose(1, 2))
 
 
 def separate(x: Tensor, factors: FixedFactors, weights: Sequence[Tensor]) -> Tensor:
@@ -124,10 +138,26 @@ def part_by_part(x: Tensor, p: Tensor, q: Tensor, core: Callable[[Tensor, int], 
 
 def mixed(x: Tensor, weights: Tensor) -> Tensor:
     """Σ_b weights[a, b] x[:, b] as a matrix product: x (M, b, w), weights (a, b): (M, a, w)."""
+    if torch.compiler.is_compiling():
+        if not torch.compiler.is_exporting() and weights.numel() <= _WRITTEN_OUT:
+            return torch.stack(_written_out(x.unbind(1), weights), 1)
+    elif _better_in_float32(x):
+        return mixed_in_float32(x, weights)
     if x.shape[0] == 1:  # a call for one plain product costs half of one for a batch
         return torch.mm(weights, x[0])[None]
     # not torch.matmul: where weights can have gradients it copies x to fold it, ten times the price of the mix
     return torch.bmm(weights.expand(x.shape[0], *weights.shape), x)
+
+
+def mixed_each(x: Tensor, weights: Tensor) -> Tensor:
+    """What `mixed` gives, with weights of its own for every entry: x (M, b, w), weights (M, a, b): (M, a, w)."""
+    if _better_in_float32(x):
+        return torch.bmm(weights.float(), x.float()).to(x.dtype)
+    return torch.bmm(weights, x)
+
+
+def _better_in_float32(x: Tensor) -> bool:
+    return x.dtype in _HALF and x.device.type == "cpu" and x.numel() <= _FEW_ELEMENTS
 
 
 def mixed_in_float32(x: Tensor, weights: Tensor) -> Tensor:
@@ -147,6 +177,12 @@ def mixed_by_sums(x: Tensor, weights: Tensor) -> Tensor:
 def combined(blocks: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     """Σ_b row[b] blocks[b] for every row."""
     return [_combination(blocks, row) for row in rows]
+
+
+def _written_out(blocks: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """What `combined` gives, for weights (a, b) that are no known numbers."""
+    rows = [row.unbind(0) for row in weights.unbind(0)]
+    return [reduce(add, (block * factor for block, factor in zip(blocks, row, strict=True))) for row in rows]
 
 
 def _combination(blocks: Sequence[Tensor], row: tuple[float, ...]) -> Tensor:

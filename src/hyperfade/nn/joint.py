@@ -11,7 +11,7 @@ The first layer computes both outputs and keeps the second's until the second as
 import torch
 from torch import Tensor
 
-from hyperfade.nn.forms import mixed
+from hyperfade.nn.forms import mixed, mixed_each, products
 from hyperfade.nn.phm import PHMLinear
 
 _FACTORS = ("P", "Q", "T")
@@ -27,13 +27,14 @@ class JointReading:
     def __init__(self, first: PHMLinear, second: PHMLinear) -> None:
         self.first, self.second = first, second
         self._kept: tuple[Tensor, Tensor] | None = None  # the input, and the second's output for it
+        self._views: tuple[tuple[int, ...], tuple[Tensor, ...]] | None = None  # of where factors lie, and as what
         first.joint = second.joint = self
         self.pack_()
 
     @torch.no_grad()
     def pack_(self) -> None:
         """Put the two layers' factors side by side, where both are on one device in one dtype."""
-        self._packed = True
+        self._packed, self._views = True, None
         for name in _FACTORS:
             a, b = getattr(self.first, name), getattr(self.second, name)
             alike = (a.device, a.dtype) == (b.device, b.dtype)
@@ -58,12 +59,22 @@ class JointReading:
             return None
         if not self._packed:
             self.pack_()
-        p, q, t = (self._together(name) for name in _FACTORS)
-        if p is None or q is None or t is None:
+        views = self._both()
+        if views is None:
             return None
+        p, q, t = views
         mine, other = _outputs(x.reshape(-1, layer.algebra.n, layer.in_features // layer.algebra.n), p, q, t)
         self._kept = (x, other)
         return mine
+
+    def _both(self) -> tuple[Tensor, ...] | None:
+        """P, Q and T of both layers, each as one view; looked up once for every place that they lie in."""
+        layers = self.first._parameters, self.second._parameters
+        places = tuple(own[name].data_ptr() for own in layers for name in _FACTORS)  # type: ignore[union-attr]
+        if self._views is None or self._views[0] != places:
+            views = tuple(self._together(name) for name in _FACTORS)
+            self._views = None if any(view is None for view in views) else (places, views)
+        return self._views and self._views[1]
 
     def _together(self, name: str) -> Tensor | None:
         """A factor of both layers as one view, or None where they do not lie side by side."""
@@ -76,15 +87,15 @@ class JointReading:
 
     def __getstate__(self) -> dict[str, object]:
         # a copy has no use for an output, and its factors are copied one by one
-        return {**self.__dict__, "_kept": None, "_packed": False}
+        return {**self.__dict__, "_kept": None, "_views": None, "_packed": False}
 
 
 def _outputs(x: Tensor, p: Tensor, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, n, d/n), P and Q (2R, n), T (2R, k/n, d/n): both layers' y (M, k)."""
-    products = len(q) // 2
-    z = torch.bmm(mixed(x, q).transpose(0, 1), t.transpose(1, 2)).transpose(0, 1)
+    count = len(q) // 2
+    z = products(mixed(x, q).transpose(0, 1), t).transpose(0, 1)
     if len(x) == 1:  # then z is a matrix for each layer, and both mixes out are one call
-        first, second = torch.bmm(p.view(2, products, -1).transpose(1, 2), z.view(2, products, -1)).flatten(1)
+        first, second = mixed_each(z.view(2, count, -1), p.view(2, count, -1).transpose(1, 2)).flatten(1)
         return first[None], second[None]
     first, second = (mixed(part, own.T) for own, part in zip(p.chunk(2), z.chunk(2, 1), strict=True))
     return first.flatten(1), second.flatten(1)

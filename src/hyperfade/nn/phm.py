@@ -227,10 +227,11 @@ class PHMLinear(nn.Module):
         by_products = self.algebra.form == "products"
         if not by_products and not self._plain_core:
             return Execution("core", "matmul")
-        if torch.compiler.is_compiling():  # sums fuse with their neighbours, so what remains is arithmetic
-            if not torch.compiler.is_exporting():  # a graph for any number of tokens
-                by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
+        if torch.compiler.is_exporting():  # a graph for any number of tokens
             return Execution("products" if by_products else "core", "sums")
+        if torch.compiler.is_compiling():  # mixes fuse with their neighbours, so what remains is arithmetic
+            by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
+            return Execution("products", "fused") if by_products else Execution("core", "sums")
         if by_products and torch.is_grad_enabled():
             return Execution("products", "blocks")  # prices are those of a forward pass alone
         like = tokens.dtype, processor(tokens.device.type)
