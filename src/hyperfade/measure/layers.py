@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -238,7 +239,24 @@ def copies(layer: nn.Module, cache_bytes: int | None = None) -> list[nn.Module]:
 
 def compiled_copies(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """The same layers, compiled at their first call: one graph for a single token, one for more."""
-    return [torch.compile(layer, dynamic=True) for layer in layers]  # type: ignore[misc]
+    # a function of their own: inside one that others share, the others' graphs would be tried at every call
+    compiled = torch.compile(FunctionType(_call.__code__.replace(co_name=f"call_{id(layers)}"), {}), dynamic=True)
+    return [_Compiled(layer, compiled) for layer in layers]
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+class _Compiled(nn.Module):
+    """A layer that runs as a compiled function."""
+
+    def __init__(self, layer: nn.Module, compiled: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.compiled = layer, compiled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compiled(self.layer, x)
 
 
 def last_cache_bytes() -> int:
@@ -262,7 +280,7 @@ def time_layers(
     flops = {}
     for name, (layer, *_) in layers.items():
         with FlopCounterMode(display=False) as counter:  # on the real device: the form may depend on it
-            getattr(layer, "_orig_mod", layer)(x)  # a compiled one would never be compiled after a call in this mode
+            (layer.layer if isinstance(layer, _Compiled) else layer)(x)  # called in this mode, it would stay uncompiled
         flops[name] = counter.get_total_flops()
         for one in layers[name]:
             one(x[:1])  # layers that read together lay their factors side by side at the first call
