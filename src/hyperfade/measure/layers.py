@@ -240,7 +240,9 @@ def copies(layer: nn.Module, cache_bytes: int | None = None) -> list[nn.Module]:
 def compiled_copies(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """The same layers, compiled at their first call: one graph for a single token, one for more."""
     # a function of their own: inside one that others share, the others' graphs would be tried at every call
-    compiled = torch.compile(FunctionType(_call.__code__.replace(co_name=f"call_{id(layers)}"), {}), dynamic=True)
+    compiled = torch.compile(
+        FunctionType(_call.__code__.replace(co_name=f"call_{id(layers)}"), globals()), dynamic=True
+    )
     return [_Compiled(layer, compiled) for layer in layers]
 
 
