@@ -80,9 +80,10 @@ def _headline(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
     for cell in cells:
         for variant, own in cell["models"].items():
-            if variant not in ("paper", "products n=4"):
+            kind, _, way = variant.partition(", ")
+            if kind not in ("paper", "products n=4"):
                 continue
-            recipe = "the paper's recipe" if variant == "paper" else variant
+            recipe = ("the paper's recipe" if kind == "paper" else kind) + (way and f", {way}")
             line = f"- {recipe}, {cell['dtype']}, {human(own['parameters'])} parameters: "
             line += f"{ratio(own['per_token']['speedup'])} per token"
             if "first_token" in own:

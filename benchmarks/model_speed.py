@@ -51,6 +51,7 @@ class SpeedCell:
     group: tuple[str, ...]
     dtype: str
     prefill: bool
+    compiled: bool = True  # hypercomplex variants also with their FFNs compiled
 
     @property
     def key(self) -> str:
@@ -67,7 +68,7 @@ def speed_cell(cell: SpeedCell) -> dict[str, Any]:
     models, plans = {"dense": dense}, {}
     for variant in cell.group:
         models[variant], plans[variant] = compressed(dense, name, variant, period)
-        if variant not in LOW_RANK:
+        if cell.compiled and variant not in LOW_RANK:
             models[f"{variant}, compiled"], plans[f"{variant}, compiled"] = twin(models[variant]), plans[variant]
             compile_(models[f"{variant}, compiled"])
     batch, patches = prompt(dense)

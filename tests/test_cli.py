@@ -119,6 +119,7 @@ def test_no_arguments_print_help(call: Any) -> None:
         (("evaluate", EMBEDDED, "--tasks", "a", "--data", "b.jsonl"), "--data cannot be given together with --tasks"),
         (("evaluate", EMBEDDED, "--tasks", "a", "--answers", "b.jsonl"), "--answers cannot be given together with"),
         (("benchmark", EMBEDDED, "--data", "missing.jsonl"), "Cannot read missing.jsonl"),
+        (("benchmark", EMBEDDED, "--compile"), "no hypercomplex layers to compile"),
         (("benchmark", EMBEDDED, "--set", "seed=1"), "--set changes a recipe, and none was given"),
         (("benchmark", EMBEDDED, EMBEDDED, "--recipe", "quarter"), "--recipe plans one model, 2 were given"),
         (("benchmark", EMBEDDED, "--recipe", "quartet"), "Cannot read recipe 'quartet'"),
