@@ -115,7 +115,7 @@ class _Counting(nn.Module):
 def test_calls_go_round_all_copies_and_operations_are_counted() -> None:
     first, second = [_Counting() for _ in range(3)], [_Counting()]
     times = timed({"first": first, "second": second}, 4, tokens=5, rounds=(3, 3))
-    assert max(c.calls for c in first) - min(c.calls for c in first) <= 3  # the first one also counts operations and warms up
+    assert max(c.calls for c in first) - min(c.calls for c in first) <= 3  # the first counts, and warms up
     assert min(c.calls for c in first) > 3
     for time in times.values():
         assert (time.flops, time.weight_bytes, len(time.seconds)) == (2 * 5 * 4 * 6, 4 * 4 * 6, 3)

@@ -72,9 +72,9 @@ class JointReading:
         layers = self.first._parameters, self.second._parameters
         places = tuple(own[name].data_ptr() for own in layers for name in _FACTORS)  # type: ignore[union-attr]
         if self._views is None or self._views[0] != places:
-            views = tuple(self._together(name) for name in _FACTORS)
-            self._views = None if any(view is None for view in views) else (places, views)
-        return self._views and self._views[1]
+            views = tuple(view for name in _FACTORS if (view := self._together(name)) is not None)
+            self._views = (places, views) if len(views) == len(_FACTORS) else None
+        return None if self._views is None else self._views[1]
 
     def _together(self, name: str) -> Tensor | None:
         """A factor of both layers as one view, or None where they do not lie side by side."""
