@@ -206,7 +206,8 @@ def _benchmark_ffns(
     )
     facts = machine()
     place = facts["processor"] if facts["accelerator"] == "none" else facts["accelerator"]
-    typer.echo(f"{models[0]}, {kind}, {place}, {facts['threads']} threads")
+    way = ", hypercomplex FFNs compiled" if compiled else ""
+    typer.echo(f"{models[0]}, {kind}, {place}, {facts['threads']} threads{way}")
     typer.echo("\n".join(ffn_lines(found)))
     if output is not None:
         write_json(
