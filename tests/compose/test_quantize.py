@@ -12,7 +12,7 @@ from hyperfade.algebra import Algebra
 from hyperfade.compose.quantize import quantize_
 from hyperfade.errors import MissingLibraryError, NothingMatchedError, PlanError
 from hyperfade.measure import num_parameters
-from hyperfade.nn import LowRankLinear, NarrowLinear, PHMLinear, low_bit_modules
+from hyperfade.nn import LowRankLinear, NarrowLinear, PHMLinear, compile_, low_bit_modules
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from rounding import nearest
@@ -48,6 +48,13 @@ class Holder(nn.Module):
 
 def _relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["products", "mix in", "mix out"])
+def test_layers_in_few_bits_are_not_compiled(kind: str, to: Any) -> None:
+    model = Holder(LAYERS[kind]())
+    quantize_(model, to)
+    assert compile_(model) == []
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -26,7 +26,7 @@ def compile_(model: nn.Module) -> list[str]:
     take seconds for each kind of FFN: one graph serves single tokens, one any number. Weights, state and saving do not
     change. Raises `MissingLibraryError` where a CPU model finds no C++ compiler.
     """
-    layers = {name: m for name, m in light_modules(model).items() if isinstance(m, PHMLinear) and not m.stacked}
+    layers = {name: m for name, m in light_modules(model).items() if isinstance(m, PHMLinear) and _in_full(m)}
     holders = dict.fromkeys(_holder(model, name) for name in layers)
     chosen = {name: model.get_submodule(name) for name in holders}
     if any(p.device.type == "cpu" for layer in layers.values() for p in layer.parameters()):
@@ -36,6 +36,11 @@ def compile_(model: nn.Module) -> list[str]:
     for module in chosen.values():
         module.compile(dynamic=True)
     return list(chosen)
+
+
+def _in_full(layer: PHMLinear) -> bool:
+    """Whether no quantizer or adapter has a part in the layer."""
+    return not layer.stacked if layer.algebra.form == "products" else layer.plain_core
 
 
 def _holder(model: nn.Module, name: str) -> str:

@@ -225,7 +225,7 @@ class PHMLinear(nn.Module):
     def _execution(self, tokens: Tensor) -> Execution:
         """The form to run, by cost."""
         by_products = self.algebra.form == "products"
-        if not by_products and not self._plain_core:
+        if not by_products and not self.plain_core:
             return Execution("core", "matmul")
         if torch.compiler.is_exporting():  # a graph for any number of tokens
             return Execution("products" if by_products else "core", "sums")
@@ -272,7 +272,7 @@ class PHMLinear(nn.Module):
         return self.derived.weights
 
     @property
-    def _plain_core(self) -> bool:
+    def plain_core(self) -> bool:
         """Whether the core's weight can be read directly: not where a quantizer or an adapter took the core's place."""
         return type(self.core) is nn.Linear and self.core.weight.is_floating_point()
 
