@@ -28,12 +28,12 @@ from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu_speed.json"
 SHARES = {  # of the minutes, in this order
-    "device": 6,
-    "ffns bfloat16": 28,
-    "model Qwen2.5-VL-3B": 17,
-    "model Qwen2.5-VL-7B": 27,
-    "ffns compiled": 13,
-    "ffns float32": 9,
+    "device": 7,
+    "ffns bfloat16": 36,
+    "model Qwen2.5-VL-7B": 24,
+    "model Qwen2.5-VL-3B": 16,
+    "ffns compiled": 10,
+    "ffns float32": 7,
 }
 TINY_SHARES = {"device": 1, "ffns bfloat16": 1, "model tiny": 1, "ffns compiled": 1, "ffns float32": 1}
 LEAST_SECONDS = 3  # a process that has less is not worth its start

@@ -1,4 +1,5 @@
-"""The same calls in three ways: eager, as a CUDA graph, and compiled and then captured as a graph.
+"""The same calls in four ways: eager, as a CUDA graph of what PyTorch has, as one with our kernel for few tokens, and
+compiled and then captured as a graph.
 
 An eager call at one token waits for the processor, which launches a dozen kernels one by one; a graph launches them all
 at once, so that what remains is the accelerator's own time. A graph repeats exactly what was captured: the same kernels
@@ -6,19 +7,22 @@ on the same memory, which is why everything here runs without asking the acceler
 CUDA graphs the plain call stands in, so that every path runs on a processor too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
+import hyperfade.nn.execution
 from hyperfade.measure import LayerTime, time_alternately, weight_bytes
 
-Way = Literal["graph", "eager", "compiled"]
+Way = Literal["graph", "kernel", "eager", "compiled"]
 _WARM_CALLS = 3  # before a capture: libraries set themselves up in the first ones, which a capture forbids
 
 
@@ -48,10 +52,11 @@ def time_loops(
     x = torch.randn(tokens, width).to(some)
     flops = {}
     for name, (layer, *_) in layers.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, without_kernel():  # which counts no operations
             layer(x)
         flops[name] = counter.get_total_flops()
-    loops = {name: _loop(same, x, way) for name, same in layers.items()}
+    with without_kernel() if way == "graph" else nullcontext():
+        loops = {name: _loop(same, x, way) for name, same in layers.items()}
     times = time_alternately(loops, rounds=rounds)
     return {
         name: LayerTime(
@@ -59,6 +64,13 @@ def time_loops(
         )
         for name, seconds in times.items()
     }
+
+
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """What PyTorch has, whatever the number of tokens."""
+    with patch.object(hyperfade.nn.execution, "KERNEL_TOKENS", 0):
+        yield
 
 
 def _loop(layers: Sequence[nn.Module], x: Tensor, way: Way) -> Callable[[], object]:

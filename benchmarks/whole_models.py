@@ -33,7 +33,12 @@ def replacement(variant: str) -> Replace:
     return Replace(language=layer, vision=layer)
 
 
-def built(name: str, dtype: torch.dtype = torch.bfloat16, period: int | None = None) -> Any:
+def built(
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    period: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
     """The dense model with random weights, in evaluation mode; every `period`-th language layer shares its storage."""
     made = MODELS[name]
     with init_empty_weights():  # weights on meta, buffers (rotary angles) as they are
@@ -42,13 +47,13 @@ def built(name: str, dtype: torch.dtype = torch.bfloat16, period: int | None = N
     for full, parameter in list(model.named_parameters()):
         home = _home(full, period)
         if home not in real:
-            real[home] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+            real[home] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
         parent, _, leaf = full.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = real[home]
     model.tie_weights()
     fill_(model)
     model.config.dtype = dtype
-    return model.eval()
+    return model.to(device).eval()
 
 
 def twin(dense: Any) -> Any:

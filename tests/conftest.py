@@ -7,6 +7,8 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks once, when something imports it first
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 settings.register_profile("hyperfade", deadline=None, derandomize=True, max_examples=40)

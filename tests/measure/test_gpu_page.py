@@ -41,7 +41,8 @@ def gpu() -> dict[str, Any]:
         "machine": FACTS | {"accelerator": "Imagined 9000"},
         "ceilings": {"bfloat16": {"flops_per_second": 1e9, **roof}},
         "cells": {
-            "a": _cell(1, "graph", 2.0),
+            "a": _cell(1, "graph", 3.0),
+            "k": _cell(1, "kernel", 2.0),
             "b": _cell(1, "eager", 4.0),
             "c": _cell(1, "compiled", 1.0, rival=False),
             "d": _cell(64, "eager", 16.0),
@@ -85,7 +86,7 @@ def test_models_stand_with_what_failed(page: str) -> None:
 
 def test_gaps_above_the_threshold_are_bold(page: str) -> None:
     # dense: 200 + 32 bytes at 200 a second are 1.16 s, not 8; products: 82 bytes, 0.41 s, not 1
-    assert "| language | 8 → 16 → 8 | bfloat16 | 1 | **590% graph** | **144% compiled** |" in page
+    assert "| language | 8 → 16 → 8 | bfloat16 | 1 | **590% graph** | **144% compiled**, kernel 388% |" in page
 
 
 def test_without_a_gpu_the_page_does_without() -> None:

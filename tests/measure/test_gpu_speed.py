@@ -163,6 +163,7 @@ def test_the_gap_is_that_of_the_best_way_where_bytes_are_the_limit() -> None:
         "d": _cell("graph", 8, 1.3),
         "e": _cell("eager", 64, 9.0, flops=9000),  # waits for operations
         "f": {"error": "out of memory"},
+        "g": _cell("kernel", 8, 1.05),
     }
     roofs = {"ceilings": {"bfloat16": rates | {"copy_bytes_per_second": 1.0}}, "cells": cells}
     found = gpu_parts.gaps(roofs)
@@ -203,7 +204,7 @@ def test_every_part_gives_numbers_and_a_repeat_keeps_them(output: Path) -> None:
         results = _part(output, part)
     assert set(results["ceilings"]) == {"bfloat16", "float32"}
     ways = {(cell["tokens"], cell["way"]) for cell in results["cells"].values()}
-    assert ways == {(1, "graph"), (1, "eager"), (1, "compiled"), (64, "eager")}
+    assert ways == {(1, "graph"), (1, "kernel"), (1, "eager"), (1, "compiled"), (64, "eager")}
     assert {cell["region"] for cell in results["cells"].values()} == {"language", "vision"}
     for cell in results["cells"].values():
         layers = cell["layers"]
@@ -235,7 +236,7 @@ def test_a_failing_cell_is_written_down_and_loses_no_other(output: Path, monkeyp
     bad = {key: cell for key, cell in cells.items() if "error" in cell}
     assert {key.split("|")[-1] for key in bad} == {"graph"}
     assert all("stream is capturing" in cell["error"] for cell in bad.values())
-    assert (len(bad), len(cells)) == (2, 6)
+    assert (len(bad), len(cells)) == (2, 8)
     kept = gpu_speed.beginning(
         output, torch.device("cpu"), False, ArgumentParser()
     )  # a repeat measures the failed ones again

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEW_ROWS = 32  # up to which a product waits for its weights
 _ONE_CALL_WEIGHTS = 2_000_000
+KERNEL_TOKENS = 8  # up to which products run in one kernel, where there is one; 0 for never
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
@@ -75,6 +77,16 @@ def prices(kind: str, dtype: torch.dtype) -> Prices:
     nearest = _COMMON_CPU if kind.startswith("cpu") else _COMMON_ACCELERATOR
     name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
     return Prices(**(table.get(kind, {}).get(name) or table[nearest][name]))
+
+
+def has_kernel(tokens: int, dtype: torch.dtype, kind: str) -> bool:
+    """Whether so many rows of products run in the kernel of `nn/kernel.py`: on GPUs that Triton knows."""
+    return kind == "cuda" and tokens <= KERNEL_TOKENS and dtype.itemsize <= 4 and _has_triton()
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@
     mix out    z[b,i] = core(x[b])            y[a] = Σ_ib A[i,a,b] z[b,i]          one product of n·M rows
     batched    u[r] = Σ_b Q[r,b] x[b]         z[r] = T_r u[r]    y[a] = Σ_r P[r,a] z[r]     R products in one call
     in few bits  the same with all T_r stacked in one core: in one call, or part by part (`nn/low_bit.py`)
+    kernel     the same for few tokens in one kernel of our own, on a GPU (`nn/kernel.py`)
     separate   product by product as well, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
 
 A core may also run in slices of its outputs, as one batched product: what has few rows is slow in some libraries.
@@ -34,7 +35,7 @@ _SLICES = 8  # with more, a slice gets too small to be read at full speed
 _FEW_ELEMENTS = 2**16  # up to which a mix in half precision takes less by way of float32, on a CPU
 _WRITTEN_OUT = 256  # coefficients up to which a compiler gets a mix as sums
 _HALF = torch.bfloat16, torch.float16
-Mixing = Literal["matmul", "sums", "blocks", "fused"]
+Mixing = Literal["matmul", "sums", "blocks", "fused", "kernel"]
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -95,6 +96,8 @@ def sliced(u: Tensor, weight: Tensor) -> Tensor:
 
 def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tensor:
     """x (M, n, d/n), P and Q (R, n), T (R, k/n, d/n): y (M, k)."""
+    if mixing == "kernel":
+        return products_in_a_kernel(x, p, q, t)[0]
     if mixing == "blocks":
         u = torch.mm(q, x.transpose(0, 1).flatten(1)).view(q.shape[0], x.shape[0], x.shape[2])
         z = torch.bmm(u, t.transpose(1, 2))
@@ -106,6 +109,14 @@ def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tenso
     mix = mixed_by_sums if mixing == "sums" else mixed
     z = products(mix(x, q).transpose(0, 1), t)
     return mix(z.transpose(0, 1), p.T).flatten(1)
+
+
+def products_in_a_kernel(x: Tensor, p: Tensor, q: Tensor, t: Tensor, layers: int = 1) -> Tensor:
+    """What `batched` gives for few tokens on a GPU, for several layers at once: P and Q (layers·R, n), T likewise: y
+    (layers, M, k)."""
+    from hyperfade.nn.kernel import few_tokens  # where there is no GPU there may be no triton
+
+    return few_tokens(x, p, q, t, layers)
 
 
 def products(u: Tensor, t: Tensor) -> Tensor:

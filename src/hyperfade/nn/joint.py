@@ -11,7 +11,8 @@ The first layer computes both outputs and keeps the second's until the second as
 import torch
 from torch import Tensor
 
-from hyperfade.nn.forms import mixed, mixed_each, products
+from hyperfade.nn.execution import has_kernel, processor
+from hyperfade.nn.forms import mixed, mixed_each, products, products_in_a_kernel
 from hyperfade.nn.phm import PHMLinear
 
 _FACTORS = ("P", "Q", "T")
@@ -92,6 +93,9 @@ class JointReading:
 
 def _outputs(x: Tensor, p: Tensor, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, n, d/n), P and Q (2R, n), T (2R, k/n, d/n): both layers' y (M, k)."""
+    if has_kernel(len(x), x.dtype, processor(x.device.type)):
+        first, second = products_in_a_kernel(x, p, q, t, layers=2)
+        return first, second
     count = len(q) // 2
     z = products(mixed(x, q).transpose(0, 1), t).transpose(0, 1)
     if len(x) == 1:  # then z is a matrix for each layer, and both mixes out are one call

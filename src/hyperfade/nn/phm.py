@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
-from hyperfade.nn.execution import Execution, execution, kernel_calls, processor
+from hyperfade.nn.execution import Execution, execution, has_kernel, kernel_calls, processor
 from hyperfade.nn.forms import (
     FixedFactors,
     batched,
@@ -235,6 +235,8 @@ class PHMLinear(nn.Module):
         if by_products and torch.is_grad_enabled():
             return Execution("products", "blocks")  # prices are those of a forward pass alone
         like = tokens.dtype, processor(tokens.device.type)
+        if by_products and has_kernel(len(tokens), *like):
+            return Execution("products", "kernel")
         how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
         return replace(how, chunk=None) if torch.is_grad_enabled() else how  # autograd cannot follow chunks
 
