@@ -14,6 +14,7 @@ from hyperfade.data import open_source
 from hyperfade.distill import Allocation, answers_only, fit_
 from hyperfade.distill.losses import answer_logits, kl_divergence
 from hyperfade.hub import skeleton
+from hyperfade.measure import device
 from hyperfade.recipe import Recipe
 from hyperfade.surgery import plan, set_alpha_, swap_
 from hyperfade.task import Task, open_task
@@ -47,7 +48,7 @@ def _batches(task: Task) -> list[dict[str, Tensor]]:
     for first in range(0, len(rows), _ROWS):
         batch = answers_only(task.collator.training_batch([source[row] for row in rows[first : first + _ROWS]]))
         dtype = getattr(torch, task.recipe.dtype)
-        batches.append({name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()})
+        batches.append({k: v.to(device(), dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()})
     return batches
 
 

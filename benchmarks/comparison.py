@@ -10,8 +10,10 @@ it gave is added to the results file at once. `comparison_report.py` writes the 
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def both(layer: Mapping[str, Any], **choice: Any) -> dict[str, Any]:
 
 def methods(fraction: float) -> dict[str, dict[str, Any]]:
     """By name, what a recipe says to reach `fraction` of the FFN parameters."""
+    fewer_units = {"kind": "products", "n": 4, "products": round(16 * NARROW), "width": fraction / NARROW}
     return {
         "low-rank, whitened": both({"kind": "low_rank", "fraction": fraction}),
         "width pruning": both({"kind": "dense", "width": fraction}) | {"fit": {"refit_writer": False}},
@@ -46,9 +49,8 @@ def methods(fraction: float) -> dict[str, dict[str, Any]]:
         "products + companion": both(
             {"kind": "products", "n": 8, "products": round(16 * fraction), "fraction": fraction}
         ),
-        "products on fewer units": both(
-            {"kind": "products", "n": 4, "products": round(16 * NARROW), "width": fraction / NARROW}
-        ),
+        "products on fewer units": both(fewer_units),
+        "products on fewer units by budget": both(fewer_units, budget=fraction),
     }
 
 
@@ -80,8 +82,9 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[
 
 def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Recipe:
     """The whole recipe of a cell: what all of them share, and its own part."""
-    shared_train = {"checkpoint_every": 50, "temperature": 1, "group_by_length": True}
-    shared_train |= {"teacher": "cached", "teacher_folder": str(args.output / "teacher")}  # the same batches for all
+    shared_train = {"checkpoint_every": args.checkpoint_every, "temperature": 1, "group_by_length": True}
+    teacher_folder = args.teacher_folder or args.output / "teacher"
+    shared_train |= {"teacher": args.teacher, "teacher_folder": str(teacher_folder)}  # the same batches for all
     shared_fit = {"samples": args.calibration, "batch_size": args.batch_size, "prefix": "dense", "sweeps": 6}
     return Recipe.parse(
         {
@@ -134,19 +137,39 @@ def run_cell(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> 
     """Compress, with the dense model's answers taken over from the first cell that had them."""
     made = recipe(name, fields, args)
     open_output(made)
-    shared = [(args.output / part, made.output / place) for part, place in _DENSE]
-    for kept, own in shared:
-        if kept.exists() and not own.exists():
-            own.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kept, own)
+    _take_over(args.output / "dense", made.output)
     results = compress(made, lambda line: print(line, flush=True))
-    for kept, own in shared:
-        if not kept.exists():
-            shutil.copyfile(own, kept)
+    _hand_over(made.output, args.output / "dense")
     return made, results
 
 
-_DENSE = (("dense.json", "work/quality-dense.json"), ("dense.jsonl", "answers/dense.jsonl"))
+_DENSE = ("answers/dense.jsonl", "work/quality-dense.json")  # in a cell's folder; the second comes after the first
+
+
+def _take_over(kept: Path, folder: Path) -> None:
+    """Copy the dense model's answers to a cell's folder, unless they are there."""
+    if kept.exists() and not all((folder / part).exists() for part in _DENSE):
+        for part in _DENSE:
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            partial = (folder / part).with_suffix(".partial")
+            shutil.copyfile(kept / Path(part).name, partial)
+            partial.replace(folder / part)
+
+
+def _hand_over(folder: Path, kept: Path) -> None:
+    """Keep the dense model's answers for the other cells, both files at once; another process may have been faster."""
+    if kept.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".dense-") as beside:
+        copied = Path(beside) / "dense"
+        copied.mkdir()
+        for part in _DENSE:
+            shutil.copyfile(folder / part, copied / Path(part).name)
+        try:
+            os.rename(copied, kept)
+        except OSError:
+            if not kept.exists():
+                raise
 
 
 def arguments(description: str, results: Path, output: Path) -> argparse.ArgumentParser:
@@ -164,7 +187,17 @@ def arguments(description: str, results: Path, output: Path) -> argparse.Argumen
     add("--calibration", type=int, default=128, help="samples of the fit")
     add("--examples", type=int, default=450, help="test examples of the evaluation")
     add("--attention", default="eager", help="attention of all models: eager is faster on a CPU, sdpa on a GPU")
+    add("--checkpoint-every", type=int, default=50, help="steps after which a cell can go on; a state is ~0.7 GB")
+    add("--teacher", choices=("cached", "live"), default="cached", help="live: a GPU has time for it")
+    add("--teacher-folder", type=Path, help="where a cached teacher's answers lie [default: OUTPUT/teacher]")
     return parser
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What all cells of a results file have in common."""
+    names = ("steps", "batch_size", "calibration", "examples", "attention")
+    settings = {name: getattr(args, name) for name in names}
+    return settings if args.teacher == "cached" else settings | {"teacher": args.teacher}
 
 
 def run(
@@ -174,10 +207,10 @@ def run(
 ) -> None:
     """Run every cell of `wanted` that the results file lacks: (name, what identifies it, recipe fields).
 
-    Several processes may share the results file, if each has cells of its own.
+    Several processes may share the output folder, if each has cells, a results file and a folder for a cached teacher
+    of its own; `side_by_side.py` starts them so.
     """
-    names = ("steps", "batch_size", "calibration", "examples", "attention")
-    settings = {name: getattr(args, name) for name in names}
+    settings = settings_of(args)
 
     def read() -> dict[str, Any]:
         kept = read_json(args.results) if args.results.exists() else {}
@@ -192,7 +225,7 @@ def run(
         made, results = run_cell(name, fields, args)
         cell = summary(made.output, results, fields["train"].get("learning_rate"))
         cell |= {"agreement": agreement(made)}
-        kept = read()  # anew: another process may have added cells of its own meanwhile
+        kept = read()
         kept["machine"] = machine()
         details = results["quality"]["details"]["dense"]
         kept["dense"] = {

@@ -29,7 +29,7 @@ from hyperfade.measure import Ceilings, ceilings, num_parameters, speedup, time_
 from hyperfade.measure.layers import TOKENS, copies, input_width, lone_ffn
 from hyperfade.workspace import read_json, write_json
 
-GRAPH_TOKENS = (1, 8)  # with more, launches no longer count, and the kernel is not used
+GRAPH_TOKENS = (1, 8)  # with more, launches no longer count
 IN_KERNEL = [name for name in VARIANTS if name.startswith("products")]
 GAP_WORTH_A_KERNEL = 0.15
 NEW_TOKENS = 8
@@ -163,6 +163,8 @@ def ffn_cells(dtype: str, ways: tuple[Way, ...], tiny: bool) -> Iterator[WayCell
     for shape in sorted(ffns, key=lambda shape: -shape.multiply_adds):
         for tokens in (1, 64) if tiny else TOKENS:
             for way in ways:
+                if way == "kernel" and tokens > 1:
+                    continue
                 if way == "eager" or tokens in GRAPH_TOKENS:
                     yield WayCell(shape, dtype, tokens, "cold", way)
 

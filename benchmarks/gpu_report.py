@@ -16,10 +16,11 @@ PHASES = {
 
 def ffn_cells(results: dict[str, Any], *ways: str) -> dict[str, Any]:
     """The results with the cells of some ways alone, without those that failed. By default those to compare by: graphs
-    with our kernel up to the tokens that have them, eager calls beyond."""
+    with our kernel for a single token."""
     chosen = {}
     for key, cell in results["cells"].items():
-        usual = "kernel" if cell.get("tokens") in GRAPH_TOKENS else "eager"
+        tokens = cell.get("tokens")
+        usual = "kernel" if tokens == 1 else "graph" if tokens in GRAPH_TOKENS else "eager"
         if "error" not in cell and cell["way"] in (ways or (usual,)):
             chosen[key] = cell
     return {**results, "cells": chosen}

@@ -28,7 +28,7 @@ from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu_speed.json"
 SHARES = {  # of the minutes, in this order
-    "device": 7,
+    "device": 12,
     "ffns bfloat16": 36,
     "model Qwen2.5-VL-7B": 24,
     "model Qwen2.5-VL-3B": 16,

@@ -1,5 +1,5 @@
-"""The same calls in four ways: eager, as a CUDA graph of what PyTorch has, as one with our kernel for few tokens, and
-compiled and then captured as a graph.
+"""The same calls in four ways: eager, as a CUDA graph of what PyTorch has, as one with our kernel for a single token,
+and compiled and then captured as a graph.
 
 An eager call at one token waits for the processor, which launches a dozen kernels one by one; a graph launches them all
 at once, so that what remains is the accelerator's own time. A graph repeats exactly what was captured: the same kernels
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
-import hyperfade.nn.execution
 from hyperfade.measure import LayerTime, time_alternately, weight_bytes
+from hyperfade.nn import joint, phm
 
 Way = Literal["graph", "kernel", "eager", "compiled"]
 _WARM_CALLS = 3  # before a capture: libraries set themselves up in the first ones, which a capture forbids
@@ -69,8 +69,12 @@ def time_loops(
 @contextmanager
 def without_kernel() -> Iterator[None]:
     """What PyTorch has, whatever the number of tokens."""
-    with patch.object(hyperfade.nn.execution, "KERNEL_TOKENS", 0):
+    with patch.object(phm, "has_kernel", _never), patch.object(joint, "has_kernel", _never):
         yield
+
+
+def _never(tokens: int, dtype: torch.dtype, kind: str) -> bool:
+    return False
 
 
 def _loop(layers: Sequence[nn.Module], x: Tensor, way: Way) -> Callable[[], object]:

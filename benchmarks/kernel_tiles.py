@@ -1,6 +1,6 @@
-"""How large the tiles of the kernel for few tokens should be, on one GPU: python benchmarks/kernel_tiles.py
+"""How large the tiles of the kernel for one token should be, on one GPU: python benchmarks/kernel_tiles.py
 
-Times `hyperfade.nn.kernel.few_tokens` as CUDA graphs over copies that no cache holds, for the FFN matrices of
+Times `hyperfade.nn.kernel.one_token` as CUDA graphs over copies that no cache holds, for the FFN matrices of
 Qwen2.5-VL-3B (gate and up joined, down) and every tile: microseconds of a call beside those that reading the weights
 takes at the best rate measured. The tiles with the smallest mean loss against the best one of each matrix go to
 src/hyperfade/nn/tiles.json, from which the kernel takes them. Compiles in several processes first.
@@ -21,7 +21,7 @@ from gpu_ways import captured
 from torch import Tensor
 
 from hyperfade.measure import ceilings, machine, time_alternately
-from hyperfade.nn.kernel import MANY_OUTPUTS, Tile, few_tokens
+from hyperfade.nn.kernel import MANY_OUTPUTS, Tile, one_token
 from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "kernel_tiles.json"
@@ -33,14 +33,13 @@ READ_BYTES = 300e6  # by one launch, several times what the cache holds
 
 @dataclass(frozen=True)
 class Product:
-    """What a kernel call computes: `layers` hypercomplex matrices d → k of `count` products, for so many tokens."""
+    """What a kernel call computes: `layers` hypercomplex matrices d → k of `count` products."""
 
     d: int
     k: int
     layers: int
     n: int
     count: int
-    tokens: int
 
     def weights(self) -> Tensor:
         """T (copies, layers·R, k/n, d/n), random."""
@@ -49,17 +48,16 @@ class Product:
         return torch.randn(copies, *shape, device="cuda", dtype=torch.bfloat16)
 
     @property
-    def kind(self) -> tuple[str, str]:
+    def kind(self) -> str:
         """Where its tile stands in tiles.json."""
-        many = self.layers * self.k // self.n >= MANY_OUTPUTS
-        return "one token" if self.tokens == 1 else "few tokens", "many" if many else "few"
+        return "many outputs" if self.layers * self.k // self.n >= MANY_OUTPUTS else "few outputs"
 
 
 def products() -> list[Product]:
-    """Gate and up, and down, for every algebra and number of tokens."""
+    """Gate and up, and down, for every algebra."""
     found = []
-    for (n, count), tokens in product(((4, 4), (2, 2), (8, 8), (4, 12)), (1, 8)):
-        found += [Product(WIDTH, HIDDEN, 2, n, count, tokens), Product(HIDDEN, WIDTH, 1, n, count, tokens)]
+    for n, count in ((4, 4), (2, 2), (8, 8), (4, 12)):
+        found += [Product(WIDTH, HIDDEN, 2, n, count), Product(HIDDEN, WIDTH, 1, n, count)]
     return found
 
 
@@ -67,7 +65,7 @@ def inputs(of: Product) -> tuple[Tensor, Tensor, Tensor]:
     """x, P and Q."""
     like = {"device": "cuda", "dtype": torch.bfloat16}
     mixing = torch.randn(2, of.layers * of.count, of.n, **like)
-    return torch.randn(of.tokens, of.n, of.d // of.n, **like), mixing[0], mixing[1]
+    return torch.randn(1, of.n, of.d // of.n, **like), mixing[0], mixing[1]
 
 
 def compile_all(of: Product) -> None:
@@ -75,7 +73,7 @@ def compile_all(of: Product) -> None:
     x, p, q = inputs(of)
     t = of.weights()[0]
     for tile in CHOICES:
-        few_tokens(x, p, q, t, of.layers, tile)
+        one_token(x, p, q, t, of.layers, tile)
     torch.cuda.synchronize()
 
 
@@ -88,7 +86,7 @@ def microseconds(of: Product) -> tuple[dict[str, float], int]:
 
         def loop(tile: Tile = tile) -> None:
             for t in copies:
-                few_tokens(x, p, q, t, of.layers, tile)
+                one_token(x, p, q, t, of.layers, tile)
 
         calls[" ".join(map(str, tile))] = captured(loop, x.device)
     times = time_alternately(calls, rounds=(5, 5), least_seconds=1e-3, budget_seconds=1.0)
@@ -117,18 +115,18 @@ def main() -> None:
     print(json.dumps(read_json(TILES)))
 
 
-def best_tiles(cells: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+def best_tiles(cells: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """For every kind the tile whose times are nearest to each matrix's own best, by geometric mean."""
-    losses: dict[tuple[str, str], dict[str, list[float]]] = {}
+    losses: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         kind = Product(**{field.name: cell[field.name] for field in fields(Product)}).kind
         least = min(cell["us"].values())
         for name, taken in cell["us"].items():
             losses.setdefault(kind, {}).setdefault(name, []).append(taken / least)
-    table: dict[str, dict[str, dict[str, int]]] = {}
-    for (tokens, outputs), by_tile in losses.items():
+    table: dict[str, dict[str, int]] = {}
+    for kind, by_tile in losses.items():
         name = min(by_tile, key=lambda name: statistics.geometric_mean(by_tile[name]))
-        table.setdefault(tokens, {})[outputs] = Tile(*map(int, name.split()))._asdict()
+        table[kind] = Tile(*map(int, name.split()))._asdict()
     return table
 
 

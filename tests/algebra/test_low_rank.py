@@ -61,6 +61,9 @@ def test_non_finite_numbers_are_refused(bad: float) -> None:
         low_rank(w, 2)
 
 
-@pytest.mark.parametrize(("num_parameters", "rank"), [(2000, 10), (2199.9, 10), (2200, 11), (1, 1)])
+@pytest.mark.parametrize(
+    ("num_parameters", "rank"),
+    [(2000, 10), (2199.9, 10), (2200, 11), (1, 1), (12799, 63), (12800, 64), (14200, 64), (14400, 72)],
+)
 def test_rank_for_fills_but_never_exceeds(num_parameters: float, rank: int) -> None:
     assert rank_for(150, 50, num_parameters) == rank

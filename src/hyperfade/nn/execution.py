@@ -21,7 +21,6 @@ from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEW_ROWS = 32  # up to which a product waits for its weights
 _ONE_CALL_WEIGHTS = 2_000_000
-KERNEL_TOKENS = 8  # up to which products run in one kernel, where there is one; 0 for never
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
@@ -80,8 +79,8 @@ def prices(kind: str, dtype: torch.dtype) -> Prices:
 
 
 def has_kernel(tokens: int, dtype: torch.dtype, kind: str) -> bool:
-    """Whether so many rows of products run in the kernel of `nn/kernel.py`: on GPUs that Triton knows."""
-    return kind == "cuda" and tokens <= KERNEL_TOKENS and dtype.itemsize <= 4 and _has_triton()
+    """Whether so many rows of products run in the kernel of `nn/kernel.py`: one does, on GPUs that Triton knows."""
+    return kind == "cuda" and tokens == 1 and dtype.itemsize <= 4 and _has_triton()
 
 
 @lru_cache

@@ -4,7 +4,7 @@
     mix out    z[b,i] = core(x[b])            y[a] = Σ_ib A[i,a,b] z[b,i]          one product of n·M rows
     batched    u[r] = Σ_b Q[r,b] x[b]         z[r] = T_r u[r]    y[a] = Σ_r P[r,a] z[r]     R products in one call
     in few bits  the same with all T_r stacked in one core: in one call, or part by part (`nn/low_bit.py`)
-    kernel     the same for few tokens in one kernel of our own, on a GPU (`nn/kernel.py`)
+    kernel     the same for one token in one kernel of our own, on a GPU (`nn/kernel.py`)
     separate   product by product as well, for algebras with known factors: T_r = Σ_i U[r,i] S_i is made on the way
 
 A core may also run in slices of its outputs, as one batched product: what has few rows is slow in some libraries.
@@ -112,11 +112,11 @@ def batched(x: Tensor, p: Tensor, q: Tensor, t: Tensor, mixing: Mixing) -> Tenso
 
 
 def products_in_a_kernel(x: Tensor, p: Tensor, q: Tensor, t: Tensor, layers: int = 1) -> Tensor:
-    """What `batched` gives for few tokens on a GPU, for several layers at once: P and Q (layers·R, n), T likewise: y
-    (layers, M, k)."""
-    from hyperfade.nn.kernel import few_tokens  # where there is no GPU there may be no triton
+    """What `batched` gives for one token on a GPU, for several layers at once: P and Q (layers·R, n), T likewise: y
+    (layers, 1, k)."""
+    from hyperfade.nn.kernel import one_token  # where there is no GPU there may be no triton
 
-    return few_tokens(x, p, q, t, layers)
+    return one_token(x, p, q, t, layers)
 
 
 def products(u: Tensor, t: Tensor) -> Tensor:
