@@ -121,6 +121,9 @@ Greedy answers to test examples: no test image, nor a near-duplicate of one, was
 
 ![sample pictures, the question, the answer and, in brackets, the reference](samples.png)
 
+`parcel.py` packs model and data into folders of limited size, for a machine that reaches no network, and unpacks them
+there; the model comes out bit for bit.
+
 ## Origin and licences
 
 | part | from | licence |
