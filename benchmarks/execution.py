@@ -75,6 +75,8 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
         least_seconds=0.02,
     )
     seconds = {name: statistics.median(own) for name, own in times.items()}
+    on_cpu = place.type == "cpu"  # elsewhere too little work hides behind the price of a call, so: what memory needs
+    least_sum = 0.0 if on_cpu else 3 * dtype.itemsize * seconds["stream"] / stream_bytes
     price = Prices(
         product_call=seconds["tiny product"],
         multiply_add=seconds["product"] / (tall.numel() * len(weight)),
@@ -85,7 +87,7 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
         small_product_call=seconds["small mix"],
         small_product_element=(seconds["wide mix"] - seconds["small mix"]) / wide.numel(),
         sum_call=seconds["small sum"] / 4,
-        sum_element=(seconds["wide sum"] - seconds["small sum"]) / (4 * wide.numel()),
+        sum_element=max((seconds["wide sum"] - seconds["small sum"]) / (4 * wide.numel()), least_sum),
         cache_bytes=None,
     )
     chunked = replace(price, cache_bytes=best_cache_bytes(dtype, place, rounds))

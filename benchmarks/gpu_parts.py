@@ -274,7 +274,7 @@ def gaps(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if cell["way"] == "kernel":
                 here |= {"in_kernel": gap} if name in IN_KERNEL else {}
             elif gap < here.get("gap", math.inf):
-                here |= {"gap": gap, "way": cell["way"], "kernel": gap > GAP_WORTH_A_KERNEL}
+                here |= {"gap": gap, "way": cell["way"], "worth_a_kernel": gap > GAP_WORTH_A_KERNEL}
     found = {key: {name: own for name, own in layers.items() if "gap" in own} for key, layers in found.items()}
     return {key: layers for key, layers in found.items() if layers}
 

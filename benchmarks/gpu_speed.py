@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def beginning(output: Path, device: torch.device, fresh: bool, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Earlier results that hold, with this machine's facts."""
     empty: dict[str, Any] = {"ceilings": {}, "cells": {}, "models": {}, "gap_to_bandwidth": {}}
-    facts = machine() | {"accelerator": accelerator_name(device)}
+    facts = machine() | ({"accelerator": "cpu"} if device.type == "cpu" else {})
     if fresh or not output.exists():
         return {"machine": facts, **empty}
     kept = read_json(output)
@@ -99,13 +99,6 @@ def failed(cell: dict[str, Any]) -> bool:
     models = cell.get("models", {})
     phases = [phase for own in models.values() for phase in own.values()] if isinstance(models, dict) else []
     return "error" in cell or any(isinstance(phase, dict) and "error" in phase for phase in phases)
-
-
-def accelerator_name(device: torch.device) -> str:
-    """The product's name where torch tells it."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return str(device)
 
 
 def run_part(part: str, end: float, command: list[str], output: Path) -> None:

@@ -52,7 +52,7 @@ def time_loops(
     x = torch.randn(tokens, width).to(some)
     flops = {}
     for name, (layer, *_) in layers.items():
-        with FlopCounterMode(display=False) as counter, without_kernel():  # which counts no operations
+        with FlopCounterMode(display=False) as counter:
             layer(x)
         flops[name] = counter.get_total_flops()
     with without_kernel() if way == "graph" else nullcontext():
@@ -73,7 +73,7 @@ def without_kernel() -> Iterator[None]:
         yield
 
 
-def _never(tokens: int, dtype: torch.dtype, kind: str) -> bool:
+def _never(*of_a_layer: object) -> bool:
     return False
 
 

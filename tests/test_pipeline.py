@@ -173,7 +173,7 @@ def test_training_batches_ask_for_the_logits_of_answers_alone(tmp_path: Path) ->
     import hyperfade.pipeline as pipeline
 
     task = pipeline._checked(recipe_for(tmp_path / "out"))
-    batch = task.training_batch([0, 1, 2])
+    batch = {name: part.cpu() for name, part in task.training_batch([0, 1, 2]).items()}
     whole = task.collator.training_batch([task.source[i] for i in range(3)])
     assert task.keeps_logits
     assert batch["logits_to_keep"].shape == batch["labels"].shape[1:] < whole["labels"].shape[1:]

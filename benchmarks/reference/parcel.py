@@ -38,6 +38,7 @@ FORMAT = "hyperfade-parcel-1"
 ARCHIVES = ("first", "more")
 ASKED = (450, 144)  # test examples that comparison.py and agreement.py draw with the recipe's seed, 0
 _INDEX, _PIECE, _INDEX_BYTES = "part.json", "piece", 1000
+_FIELDS = {"parcel", "archive", "number", "of", "sha256"}
 _AGAIN = "Send that folder again; `pack` writes the same bytes for the same files."
 
 
@@ -50,37 +51,43 @@ class ParcelError(HyperfadeError):
 
 def cut(archives: Mapping[str, bytes], folder: Path, part_bytes: int) -> list[Path]:
     """Write archives as folders 0, 1, … of at most `part_bytes` bytes each; no folder holds two archives."""
+    if part_bytes <= _INDEX_BYTES:
+        raise ParcelError(f"--part-bytes {part_bytes} leaves no room for a piece.", f"Give more than {_INDEX_BYTES}.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ParcelError(f"{folder} is not empty.", "Give a new folder: old parts among new ones would mislead.")
     room, written = part_bytes - _INDEX_BYTES, []
+    parcel = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in archives.values())).hexdigest()
     for name, content in archives.items():
         pieces = [content[i : i + room] for i in range(0, len(content), room)]
-        whole = hashlib.sha256(content).hexdigest()
         for number, piece in enumerate(pieces):
             part = folder / str(len(written))
             part.mkdir(parents=True, exist_ok=True)
             (part / _PIECE).write_bytes(piece)
             own = {"number": number, "of": len(pieces), "sha256": hashlib.sha256(piece).hexdigest()}
-            (part / _INDEX).write_text(json.dumps({"format": FORMAT, "archive": name, "whole": whole, **own}) + "\n")
+            (part / _INDEX).write_text(json.dumps({"format": FORMAT, "parcel": parcel, "archive": name, **own}) + "\n")
             written.append(part)
     return written
 
 
 def join(parts: Iterable[Path]) -> dict[str, bytes]:
     """The archives that these folders hold, whole. Raises `ParcelError` that names the folder, or what is missing."""
-    found: dict[tuple[str, str], dict[int, tuple[int, bytes]]] = defaultdict(dict)
+    found: dict[str, dict[int, tuple[int, bytes]]] = defaultdict(dict)
+    parcels = set()
     for part in parts:
         try:
             index, piece = json.loads((part / _INDEX).read_text(encoding="utf-8")), (part / _PIECE).read_bytes()
         except (OSError, ValueError) as error:
             raise ParcelError(f"{part} is no part of a parcel: {error}.", _AGAIN) from error
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
+        if not isinstance(index, dict) or index.get("format") != FORMAT or not index.keys() >= _FIELDS:
             raise ParcelError(f"{part / _INDEX} is not of format {FORMAT}.", "Pack and unpack by the same version.")
         if hashlib.sha256(piece).hexdigest() != index["sha256"]:
             raise ParcelError(f"{part / _PIECE} ({len(piece):,} bytes) is not what was packed.", _AGAIN)
-        found[index["archive"], index["whole"]][index["number"]] = index["of"], piece
+        found[index["archive"]][index["number"]] = index["of"], piece
+        parcels.add(index["parcel"])
+    if len(parcels) > 1:
+        raise ParcelError("The parts belong to different parcels.", _AGAIN)
     archives: dict[str, bytes] = {}
-    for (name, _), pieces in found.items():
-        if name in archives:
-            raise ParcelError(f"The parts belong to two parcels: there are two archives {name}.", _AGAIN)
+    for name, pieces in found.items():
         missing = sorted(set(range(next(iter(pieces.values()))[0])) - set(pieces))
         if missing:
             raise ParcelError(

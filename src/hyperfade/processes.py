@@ -4,6 +4,7 @@ All of them hold the model and take every step; each computes the gradients of i
 processes make the step that one process alone would make. The first process writes files and speaks for all.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,10 +18,16 @@ from hyperfade.errors import ProcessError
 Item = TypeVar("Item")
 
 
+def on_cpu() -> bool:
+    """Whether models run on the processor: there is no accelerator, or `ACCELERATE_USE_CPU` says so."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return told or not torch.accelerator.is_available()
+
+
 def join() -> PartialState:
     """The processes of this run; called first, it connects them. Outside a launcher it is this one alone."""
     # accelerate takes a launched process without an accelerator for a lone one unless it is told
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=on_cpu())
 
 
 def leave() -> None:

@@ -63,7 +63,7 @@ def test_non_finite_numbers_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize(
     ("num_parameters", "rank"),
-    [(2000, 10), (2199.9, 10), (2200, 11), (1, 1), (12799, 63), (12800, 64), (14200, 64), (14400, 72)],
+    [(2000, 10), (2199.9, 10), (2200, 11), (1, 1), (25400, 127), (25600, 128), (27199, 128), (27200, 136)],
 )
 def test_rank_for_fills_but_never_exceeds(num_parameters: float, rank: int) -> None:
     assert rank_for(150, 50, num_parameters) == rank

@@ -168,8 +168,8 @@ def test_the_gap_is_that_of_the_best_way_where_bytes_are_the_limit() -> None:
     roofs = {"ceilings": {"bfloat16": rates | {"copy_bytes_per_second": 1.0}}, "cells": cells}
     found = gpu_parts.gaps(roofs)
     assert found == {
-        "language|1 → 1|bfloat16|1": {"dense": {"gap": 0.1, "way": "graph", "kernel": False}},
-        "language|1 → 1|bfloat16|8": {"dense": {"gap": 0.265, "way": "graph", "kernel": True}},
+        "language|1 → 1|bfloat16|1": {"dense": {"gap": 0.1, "way": "graph", "worth_a_kernel": False}},
+        "language|1 → 1|bfloat16|8": {"dense": {"gap": 0.265, "way": "graph", "worth_a_kernel": True}},
     }
 
 

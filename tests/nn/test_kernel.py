@@ -5,36 +5,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kron_oracle import TOLERANCE, kron_weight, random_layer
-from torch import nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfade.algebra import Algebra
-from hyperfade.nn import JointReading, forms, joint, phm
-from hyperfade.nn.execution import Execution, has_kernel
+from hyperfade.nn import JointReading, PHMLinear, execution, forms, joint
+from hyperfade.nn.execution import Execution, has_kernel, kernel_pays
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
+from hyperfade.nn.kernel import Tile, one_token
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     n=st.integers(2, 5),
-    count=st.integers(1, 4),
+    count=st.integers(1, 12),
     blocks=st.tuples(st.integers(1, 40), st.integers(1, 20)),
     layers=st.integers(1, 2),
-    rows=st.sampled_from([2, 8]),
+    tile=st.sampled_from([Tile(2, 64, 4), Tile(8, 4096, 8), Tile(1, 4096, 4)]),
     seed=st.integers(0, 2**31),
 )
 def test_the_kernel_is_the_product_with_a_kron_built_weight(
-    n: int, count: int, blocks: tuple[int, int], layers: int, rows: int, seed: int
+    n: int, count: int, blocks: tuple[int, int], layers: int, tile: Tile, seed: int
 ) -> None:
-    from hyperfade.nn.kernel import Tile, one_token
-
     torch.manual_seed(seed)
     d, k = n * blocks[0], n * blocks[1]
-    made = [random_layer(d, k, Algebra.products(n, count), bias=False, device=DEVICE) for _ in range(layers)]
+    made = [random_layer(d, k, Algebra.products(n, min(count, n**2)), bias=False, device=DEVICE) for _ in range(layers)]
     p, q, t = (torch.cat([getattr(layer, name).detach() for layer in made]) for name in ("P", "Q", "T"))
     x = torch.randn(1, d, device=DEVICE)
-    y = one_token(x.view(1, n, -1), p, q, t, layers, Tile(rows, 64, 4))
+    y = one_token(x.view(1, n, -1), p, q, t, layers, tile)
     for own, layer in zip(y, made, strict=True):
         weight = kron_weight(layer)
         scale = (x.double().abs() @ weight.abs().T + 1).max().item()
@@ -52,8 +53,7 @@ def test_layers_run_in_the_kernel_alone_and_joined(dtype: torch.dtype, monkeypat
         calls.append(layers)
         return in_a_kernel(x, p, q, t, layers)
 
-    for module in (phm, joint):
-        monkeypatch.setattr(module, "has_kernel", lambda tokens, dtype, kind: tokens == 1)
+    monkeypatch.setattr(execution, "_kernel_works", lambda device_type: True)
     for module in (forms, joint):
         monkeypatch.setattr(module, "products_in_a_kernel", counted)
     torch.manual_seed(0)
@@ -73,17 +73,62 @@ def test_layers_run_in_the_kernel_alone_and_joined(dtype: torch.dtype, monkeypat
     assert calls == [2, 1]  # with more tokens there are better ways
 
 
-def test_only_gpus_run_the_kernel_and_only_one_token() -> None:
-    assert has_kernel(1, torch.bfloat16, "cuda")
-    assert has_kernel(1, torch.float32, "cuda")
-    assert not has_kernel(2, torch.bfloat16, "cuda")
-    assert not has_kernel(1, torch.float64, "cuda")  # it sums in float32
-    assert not has_kernel(1, torch.bfloat16, "cpu AVX512")
+@pytest.fixture
+def works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this were a GPU."""
+    monkeypatch.setattr(execution, "_kernel_works", lambda device_type: True)
 
 
-def test_a_layer_that_learns_does_not_run_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phm, "has_kernel", lambda tokens, dtype, kind: True)
-    layer: nn.Module = random_layer(8, 8, Algebra.products(2))
-    assert layer._execution(torch.randn(1, 8)) == Execution("products", "blocks")  # type: ignore[operator]
+def _takes(layer: PHMLinear, x: Tensor) -> bool:
+    factors = layer.P, layer.Q, layer.T
+    with torch.no_grad():
+        return has_kernel(layer.algebra, layer.in_features, layer.out_features, x, *factors)
+
+
+@pytest.mark.usefixtures("works")
+def test_the_kernel_takes_single_tokens_of_plain_calls_only() -> None:
+    layer = PHMLinear(8, 8, Algebra.products(4))
+    one = torch.randn(1, 8)
+    assert _takes(layer, one)
+    assert not _takes(layer, torch.randn(2, 8))
+    assert not _takes(layer.double(), one.double())  # it sums in float32
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _takes(layer, one)
+    with FlopCounterMode(display=False):
+        assert not _takes(layer, one)
+    asked = []
+    torch.func.vmap(lambda x: asked.append(_takes(layer, x)) or x)(one[None])
+    assert asked == [False]
+    layer.T.data = layer.T.data.mT
+    assert not _takes(layer, one)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "width", "pays"),
+    [(2, 2, 2**14, True), (4, 4, 2**14, True), (8, 8, 2**12, True), (8, 8, 2**14, False), (4, 12, 2**12, False)],
+)
+def test_the_kernel_is_used_where_it_was_the_fastest_way(n: int, size: int, width: int, pays: bool) -> None:
+    assert kernel_pays(Algebra.products(n, size), width, width) == pays
+    assert not kernel_pays(Algebra.learned(4), 2**12, 2**12)
+
+
+def test_where_triton_fails_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*tensors: Tensor) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    execution._kernel_works.cache_clear()
+    assert not execution._kernel_works("cpu")
+    monkeypatch.setattr("hyperfade.nn.kernel.one_token", broken)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))  # there may be no GPU
+    with pytest.warns(UserWarning, match="Failed to find C compiler"):
+        assert not execution._kernel_works("cuda")
+    execution._kernel_works.cache_clear()
+
+
+@pytest.mark.usefixtures("works")
+def test_a_layer_that_learns_does_not_run_in_the_kernel() -> None:
+    layer = random_layer(8, 8, Algebra.products(2))
+    assert layer._execution(torch.randn(1, 8)) == Execution("products", "blocks")
     with torch.inference_mode():
-        assert layer._execution(torch.randn(1, 8)) == Execution("products", "kernel")  # type: ignore[operator]
+        assert layer._execution(torch.randn(1, 8)) == Execution("products", "kernel")

@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperfade.algebra.moments import conditioned, in_float64, output_error, relative
 from hyperfade.errors import FitError
 
-_ALIGNMENT, _ALIGNED_FROM = 8, 64
+_ALIGNMENT, _ALIGNED_FROM = 8, 128
 _CANCELLED = 1e-4  # a relative error below this is worked out from W − Ŵ: eigenvalues round
 
 
@@ -91,7 +91,7 @@ def square_root(moment: Tensor) -> Tensor:
 
 
 def rank_for(in_features: int, out_features: int, num_parameters: float) -> int:
-    """The largest rank q ≥ 1 with q·(d + k) ≤ num_parameters; from 64 on a multiple of 8: matrix libraries of GPUs read
-    rows of other lengths several times more slowly (`docs/log.md`)."""
+    """The largest rank q ≥ 1 with q·(d + k) ≤ num_parameters; from 128 on a multiple of 8: GPUs' matrix libraries are
+    much slower with others (`docs/log.md`)."""
     rank = max(1, int(num_parameters // (in_features + out_features)))
     return rank if rank < _ALIGNED_FROM else rank // _ALIGNMENT * _ALIGNMENT

@@ -29,7 +29,7 @@ from hyperfade.distill.state import load_state, remove_state, save_state, saved_
 from hyperfade.distill.step import BatchOf, Objective, autocast_dtype, gradients_
 from hyperfade.errors import TrainingError
 from hyperfade.nn import BlendLinear
-from hyperfade.processes import copy_from_first_, is_first, join, wait
+from hyperfade.processes import copy_from_first_, is_first, join, on_cpu, wait
 from hyperfade.recipe import Train
 from hyperfade.surgery import blends, drop_dense_
 
@@ -75,7 +75,7 @@ def distill_(
     processes = join()
     accelerator = Accelerator(
         mixed_precision="no",
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu(),
         log_with=list(train.trackers) or None,
         project_dir=str(folder),
     )

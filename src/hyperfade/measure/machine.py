@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from hyperfade.processes import on_cpu
+
 
 def device() -> torch.device:
     """Where models run: the accelerator, if there is one."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = None if on_cpu() else torch.accelerator.current_accelerator()
     return found or torch.device("cpu")
 
 
@@ -22,10 +24,18 @@ def machine() -> dict[str, str | int]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
-        "accelerator": "none" if device().type == "cpu" else str(device()),
+        "accelerator": _accelerator(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("hyperfade", "torch", "transformers")},
     }
+
+
+def _accelerator() -> str:
+    """The product's name where torch tells it."""
+    found = device()
+    if found.type == "cuda":
+        return f"{torch.cuda.get_device_name(found)}, CUDA {torch.version.cuda}"
+    return "none" if found.type == "cpu" else str(found)
 
 
 def _processor() -> str:

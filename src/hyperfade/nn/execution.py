@@ -7,6 +7,7 @@ shapes and keeps how much slower than the best form the choice was.
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hyperfade.algebra import Algebra
 from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
@@ -21,6 +23,7 @@ from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEW_ROWS = 32  # up to which a product waits for its weights
 _ONE_CALL_WEIGHTS = 2_000_000
+_KERNEL_PRODUCTS, _KERNEL_WEIGHTS = 4, 2**25  # twice the products where the dense matrix has fewer weights
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
@@ -78,14 +81,50 @@ def prices(kind: str, dtype: torch.dtype) -> Prices:
     return Prices(**(table.get(kind, {}).get(name) or table[nearest][name]))
 
 
-def has_kernel(tokens: int, dtype: torch.dtype, kind: str) -> bool:
-    """Whether so many rows of products run in the kernel of `nn/kernel.py`: one does, on GPUs that Triton knows."""
-    return kind == "cuda" and tokens == 1 and dtype.itemsize <= 4 and _has_triton()
+def has_kernel(algebra: Algebra, in_features: int, out_features: int, x: Tensor, *factors: Tensor) -> bool:
+    """Whether a layer's products for x (M, in_features) run in the kernel of `nn/kernel.py`, with its P, Q and T: for
+    one token, plainly called, on a GPU where Triton works, and where it was the fastest way."""
+    return (
+        _kernel_works(x.device.type)
+        and len(x) == 1
+        and kernel_pays(algebra, in_features, out_features)
+        and x.dtype.itemsize <= 4
+        and all(factor.is_contiguous() and factor.device == x.device for factor in factors)
+        and plainly_called(x.device.type)
+    )
+
+
+def kernel_pays(algebra: Algebra, in_features: int, out_features: int) -> bool:
+    """With more products torch's own are faster, above all in wide layers (`benchmarks/gpu_speed.py`, an H200)."""
+    few = _KERNEL_PRODUCTS if in_features * out_features > _KERNEL_WEIGHTS else 2 * _KERNEL_PRODUCTS
+    return algebra.form == "products" and algebra.size <= few
+
+
+def plainly_called(device_type: str) -> bool:
+    """Whether no autocast, tracer, transform or counter of operations has a part in a call: they see torch's operations
+    only."""
+    return not (
+        torch.is_autocast_enabled(device_type)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 @lru_cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _kernel_works(device_type: str) -> bool:
+    """Tried once: Triton also needs a C compiler and a GPU that it knows. What was measured was NVIDIA's."""
+    if device_type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    try:
+        from hyperfade.nn.kernel import one_token
+
+        one = torch.ones(1, 1, 1, device="cuda")
+        one_token(one, one[0], one[0], one)
+    except Exception as error:  # noqa: BLE001 - of a compiler, a linker, a driver: torch's own operations do it as well
+        warnings.warn(f"The kernel for single tokens is not used, since Triton fails: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ The first layer computes both outputs and keeps the second's until the second as
 import torch
 from torch import Tensor
 
-from hyperfade.nn.execution import has_kernel, processor
+from hyperfade.nn.execution import has_kernel
 from hyperfade.nn.forms import mixed, mixed_each, products, products_in_a_kernel
 from hyperfade.nn.phm import PHMLinear
 
@@ -63,8 +63,12 @@ class JointReading:
         views = self._both()
         if views is None:
             return None
-        p, q, t = views
-        mine, other = _outputs(x.reshape(-1, layer.algebra.n, layer.in_features // layer.algebra.n), p, q, t)
+        tokens = x.reshape(-1, layer.in_features)
+        blocks = tokens.view(-1, layer.algebra.n, layer.in_features // layer.algebra.n)
+        if has_kernel(layer.algebra, layer.in_features, layer.out_features, tokens, *views):
+            mine, other = products_in_a_kernel(blocks, *views, layers=2)
+        else:
+            mine, other = _outputs(blocks, *views)
         self._kept = (x, other)
         return mine
 
@@ -93,9 +97,6 @@ class JointReading:
 
 def _outputs(x: Tensor, p: Tensor, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, n, d/n), P and Q (2R, n), T (2R, k/n, d/n): both layers' y (M, k)."""
-    if has_kernel(len(x), x.dtype, processor(x.device.type)):
-        first, second = products_in_a_kernel(x, p, q, t, layers=2)
-        return first, second
     count = len(q) // 2
     z = products(mixed(x, q).transpose(0, 1), t).transpose(0, 1)
     if len(x) == 1:  # then z is a matrix for each layer, and both mixes out are one call

@@ -90,7 +90,7 @@ def one_token(x: Tensor, p: Tensor, q: Tensor, t: Tensor, layers: int = 1, tile:
     rows, weights, warps = tile or tile_for(layers * width_out)
     columns = min(max(weights // (padded * rows), _FEWEST_COLUMNS), triton.next_power_of_2(width_in))
     y = x.new_empty(layers, 1, n * width_out)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # Triton launches on the current device, torch.accelerator has no such context
         _one_token[(triton.cdiv(width_out, rows), layers)](
             x, p, q, t, y, width_in, width_out, n, count, padded, rows, columns, num_warps=warps
         )

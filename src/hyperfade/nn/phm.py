@@ -235,7 +235,9 @@ class PHMLinear(nn.Module):
         if by_products and torch.is_grad_enabled():
             return Execution("products", "blocks")  # prices are those of a forward pass alone
         like = tokens.dtype, processor(tokens.device.type)
-        if by_products and has_kernel(len(tokens), *like):
+        if by_products and has_kernel(
+            self.algebra, self.in_features, self.out_features, tokens, self.P, self.Q, self.T
+        ):
             return Execution("products", "kernel")
         how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
         return replace(how, chunk=None) if torch.is_grad_enabled() else how  # autograd cannot follow chunks

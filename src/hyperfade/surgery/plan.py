@@ -221,7 +221,7 @@ def _companion_rank(layer: Layer, algebra: Algebra, d: int, k: int, name: str) -
             f"{layer.fraction:g}.",
             "Raise the fraction, or ask for fewer terms or products.",
         )
-    return int(left // (d + k))
+    return rank_for(d, k, left) if left >= d + k else 0
 
 
 def kept_units(layer: Layer, hidden: int, where: str = "the FFN") -> int:
@@ -264,7 +264,8 @@ def algebra_of(layer: Layer) -> Algebra:
 
 
 def matched_low_rank(swap: Swap) -> int:
-    """The rank of a low-rank layer with as many parameters as the swap's replacement (at most the full rank)."""
+    """The rank of a low-rank layer with as many parameters as the swap's replacement, or just below (at most the full
+    rank)."""
     d, k = swap.spec.dense_features
     budget = swap.spec.num_parameters // (swap.spec.experts or 1) - (
         k if swap.spec.bias else 0
