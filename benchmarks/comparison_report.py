@@ -27,7 +27,11 @@ FILES = {
     for name in ("perplexity", "ffn_quality", "comparison", "comparison_long", "ablation", "block_spectrum")
 }
 ADVICE = RESULTS.with_name("advice.md")
-_COLORS = ("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf", "#2ca02c", "#ff7f0e", "#9467bd")
+LEFT_OUT_IN_SHORT = ("products", "generic", "products + companion")  # behind at every size; the page has them
+_COLORS = (
+    *("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf"),
+    *("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#bcbd22", "#000000"),
+)
 
 Kept = dict[str, dict[str, Any]]
 """The results files that are there, by name."""
@@ -35,13 +39,13 @@ Kept = dict[str, dict[str, Any]]
 
 def best_rates(cells: dict[str, Any]) -> list[dict[str, Any]]:
     """Of the cells of a method at a fraction, the one whose learning rate gave the lowest training loss: the test set
-    chooses nothing."""
+    chooses nothing. Ordered by size, then by the KL from the dense model."""
     best: dict[tuple[str, Any], dict[str, Any]] = {}
     for cell in cells.values():
         key = (cell["method"], cell["fraction"])
         if key not in best or cell["loss_after"] < best[key]["loss_after"]:
             best[key] = cell
-    return list(best.values())
+    return sorted(best.values(), key=lambda cell: (-(cell["fraction"] or 1), cell["agreement"]["after"]["kl"]))
 
 
 def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
@@ -104,15 +108,13 @@ def perplexity_table(kept: dict[str, Any]) -> str:
 
 
 def kept_table(kept: dict[str, Any]) -> str:
-    """The models of all sizes in short: what each keeps of the dense model's scores, and how like it they are."""
+    """What most will want to compare, at all sizes and in short: what each model keeps of the dense one's scores, and
+    how like it they are."""
     tasks = list(kept["dense"]["scores"])
-    cells = sorted(
-        best_rates(kept["cells"]),
-        key=lambda cell: (-round(cell["ffn_params_ratio"], 2), cell["agreement"]["after"]["kl"]),
-    )
     rows = [
         [f"{cell['ffn_params_ratio']:.1%}", cell["method"], *(_kept(cell, task) for task in tasks), *_agreement(cell)]
-        for cell in cells
+        for cell in best_rates(kept["cells"])
+        if cell["method"] not in LEFT_OUT_IN_SHORT
     ]
     head = ["FFN parameters", "method", *(f"{task} kept" for task in tasks)]
     return table([*head, "same next token before → after", "KL before → after"], rows)

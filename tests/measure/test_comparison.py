@@ -35,8 +35,9 @@ def test_every_method_keeps_as_many_parameters_as_its_fraction_says(fraction: fl
     model = _reference_shapes()
     for method, fields in comparison.methods(fraction).items():
         ratio = plan(model, Replace.model_validate(fields["replace"])).ffn_params_ratio
-        # observed -0.0017 (low-rank at 1/8) to +0.0005 (biases), and +0.001 where n·8 units are the step
-        assert ratio == pytest.approx(fraction, abs=0.003), method
+        # observed -0.0082 (a companion at 1/2: ranks are multiples of 8) to +0.0005 (biases), and +0.001 where n·8 units
+        # are the step
+        assert ratio == pytest.approx(fraction, abs=0.01), method
 
 
 def test_the_papers_recipe_is_the_one_that_ships_but_for_its_steps() -> None:
@@ -64,8 +65,17 @@ def test_every_ablation_is_a_recipe_that_changes_one_thing_at_the_same_size() ->
         assert {swap.region for swap in plan(model, made[name].replace).swaps} == {region}
 
 
+_AGREEMENT = {"before": {"kl": 2.0, "same_token": 0.25}, "after": {"kl": 1.0, "same_token": 0.5}}
+
+
 def _cell(method: str, rate: float, loss: float) -> dict[str, Any]:
-    return {"method": method, "fraction": 0.5, "learning_rate": rate, "loss_after": loss}
+    return {
+        "method": method,
+        "fraction": 0.5,
+        "learning_rate": rate,
+        "loss_after": loss,
+        "agreement": _AGREEMENT,
+    }
 
 
 def test_training_loss_alone_chooses_the_learning_rate() -> None:
@@ -81,9 +91,6 @@ def test_page_and_readme_are_what_the_kept_results_give() -> None:
     assert report.page(kept, advice) == report.PAGE.read_text(encoding="utf-8")
     readme = report.README.read_text(encoding="utf-8")
     assert report.with_comparison(readme, kept) == readme
-
-
-_AGREEMENT = {"before": {"kl": 2.0, "same_token": 0.25}, "after": {"kl": 1.0, "same_token": 0.5}}
 
 
 def _score(value: float) -> dict[str, Any]:
