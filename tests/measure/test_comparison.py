@@ -35,7 +35,7 @@ def test_every_method_keeps_as_many_parameters_as_its_fraction_says(fraction: fl
     model = _reference_shapes()
     for method, fields in comparison.methods(fraction).items():
         ratio = plan(model, Replace.model_validate(fields["replace"])).ffn_params_ratio
-        # observed -0.0082 (a companion at 1/2: ranks are multiples of 8) to +0.0005 (biases), and +0.001 where n·8 units
+        # observed -0.0082 (companion at 1/2: ranks are multiples of 8) to +0.0005 (biases), and +0.001 where n·8 units
         # are the step
         assert ratio == pytest.approx(fraction, abs=0.01), method
 
