@@ -107,7 +107,7 @@ def plainly_called(device_type: str) -> bool:
         torch.is_autocast_enabled(device_type)
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch._C._are_functorch_transforms_active()
     )
 
 
