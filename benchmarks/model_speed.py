@@ -251,14 +251,14 @@ def has_fast_bfloat16() -> bool:
     return half < 2 * plain
 
 
-def all_cells(quick: bool, fast_bfloat16: bool) -> dict[str, Callable[[Path], dict[str, Any]]]:
+def all_cells(quick: bool, fast_bfloat16: bool, compiled: bool = True) -> dict[str, Callable[[Path], dict[str, Any]]]:
     """Every cell by its key. Quick: the two smaller models, and the paper's recipe beside products n=4 alone."""
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
     for name in list(MODELS)[: 2 if quick else None]:
         for group in GROUPS[: 1 if quick or name == "Qwen2.5-VL-7B" else None]:
-            cells = [SpeedCell(name, group, "bfloat16", fast_bfloat16)]
+            cells = [SpeedCell(name, group, "bfloat16", fast_bfloat16, compiled)]
             if not fast_bfloat16:
-                cells.append(SpeedCell(name, group, "float32", True))
+                cells.append(SpeedCell(name, group, "float32", True, compiled))
             found |= {cell.key: partial(_speed_child, cell) for cell in cells}
     for name in ("SmolVLM-256M", "Qwen2.5-VL-3B")[: 1 if quick else None]:
         for variant in ("dense", *(variant for group in GROUPS for variant in group)):
@@ -271,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--quick", action="store_true", help="SmolVLM-256M and Qwen2.5-VL-3B, one group of variants")
+    parser.add_argument("--plain", action="store_true", help="no compiled FFNs, which double the time of a cell")
     parser.add_argument("--only", default="", help="cells whose key contains this text")
     parser.add_argument("--minutes", type=float, default=90.0, help="begin no cell after so long; a repeat goes on")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -290,7 +291,7 @@ def main() -> None:
     results = {"machine": machine(), "cells": kept}
     todo = {
         key: run
-        for key, run in all_cells(args.quick, has_fast_bfloat16()).items()
+        for key, run in all_cells(args.quick, has_fast_bfloat16(), not args.plain).items()
         if key not in kept and args.only in key
     }
     start = time.perf_counter()
