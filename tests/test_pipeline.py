@@ -429,6 +429,12 @@ def _interrupt(recipe: Recipe, file: Path, when: Callable[[], bool], sign: signa
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.1))
     process.send_signal(sign)
+    try:
+        process.wait(4)
+    except (
+        subprocess.TimeoutExpired
+    ):  # Python forgets a Ctrl-C that falls into a finalizer; who sits there presses again
+        process.send_signal(sign)
     return process.wait(60), process.communicate()[1]
 
 

@@ -135,7 +135,7 @@ def test_every_variant_has_a_rival_of_its_size_and_misfits_are_named() -> None:
             if name in shape.left_out:
                 continue
             own, other = (sum(s.spec.num_parameters for s in shape.choices[n]) for n in (name, RIVAL[name]))
-            assert 0.97 < other / own <= 1.0  # the largest rank that fits; observed 0.978 to 1.000
+            assert 0.95 < other / own <= 1.0  # the largest multiple of 8 that fits; observed 0.964 to 1.000
     tower = shapes["ffn", "1280 → 3420 → 1280, gated"]
     assert list(tower.left_out) == ["products n=8"]
     assert "3420" in tower.left_out["products n=8"]
