@@ -421,6 +421,7 @@ def _interrupt(recipe: Recipe, file: Path, when: Callable[[], bool], sign: signa
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "hyperfade", "compress", "--recipe", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the run
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
     while not when():
@@ -429,12 +430,6 @@ def _interrupt(recipe: Recipe, file: Path, when: Callable[[], bool], sign: signa
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.1))
     process.send_signal(sign)
-    try:
-        process.wait(4)
-    except (
-        subprocess.TimeoutExpired
-    ):  # Python forgets a Ctrl-C that falls into a finalizer; who sits there presses again
-        process.send_signal(sign)
     return process.wait(60), process.communicate()[1]
 
 
