@@ -66,7 +66,7 @@ def _gap(own: dict[str, Any] | None) -> str:
         return "–"
     text = f"{own['gap']:.0%} {own['way']}"
     text = f"**{text}**" if own["gap"] > GAP_WORTH_A_KERNEL else text
-    return f"{text}, kernel {own['in_kernel']:.0%}" if own.get("in_kernel", own["gap"]) != own["gap"] else text
+    return f"{text}, kernel {own['in_kernel']:.0%}" if "in_kernel" in own else text
 
 
 def failures(results: dict[str, Any]) -> list[str]:

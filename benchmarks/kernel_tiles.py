@@ -21,7 +21,7 @@ from gpu_ways import captured
 from torch import Tensor
 
 from hyperfade.measure import ceilings, machine, time_alternately
-from hyperfade.nn.kernel import MANY_OUTPUTS, Tile, one_token
+from hyperfade.nn.kernel import Tile, one_token, tile_kind
 from hyperfade.workspace import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "kernel_tiles.json"
@@ -50,7 +50,7 @@ class Product:
     @property
     def kind(self) -> str:
         """Where its tile stands in tiles.json."""
-        return "many outputs" if self.layers * self.k // self.n >= MANY_OUTPUTS else "few outputs"
+        return tile_kind(self.layers * self.k // self.n)
 
 
 def products() -> list[Product]:

@@ -271,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--quick", action="store_true", help="SmolVLM-256M and Qwen2.5-VL-3B, one group of variants")
-    parser.add_argument("--plain", action="store_true", help="no compiled FFNs, which double the time of a cell")
+    parser.add_argument("--plain", action="store_true", help="leave out compiled FFNs")
     parser.add_argument("--only", default="", help="cells whose key contains this text")
     parser.add_argument("--minutes", type=float, default=90.0, help="begin no cell after so long; a repeat goes on")
     parser.add_argument("--output", type=Path, default=RESULTS)

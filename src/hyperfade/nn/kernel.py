@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MANY_OUTPUTS = 2048  # of a block, of all layers together; with fewer a GPU has too few programs to do
+_MANY_OUTPUTS = 2048  # of a block, of all layers together; with fewer a GPU has too few programs to do
 _FEWEST_COLUMNS = 32
 
 
@@ -37,7 +37,12 @@ class Tile(NamedTuple):
 def tile_for(outputs: int) -> Tile:
     """The tile that was fastest, as `benchmarks/kernel_tiles.py` measured it; outputs: of a block, of all layers."""
     table = json.loads((files("hyperfade.nn") / "tiles.json").read_text(encoding="utf-8"))
-    return Tile(**table["many outputs" if outputs >= MANY_OUTPUTS else "few outputs"])
+    return Tile(**table[tile_kind(outputs)])
+
+
+def tile_kind(outputs: int) -> str:
+    """Where the tile for so many outputs stands in tiles.json."""
+    return "many outputs" if outputs >= _MANY_OUTPUTS else "few outputs"
 
 
 @triton.jit
