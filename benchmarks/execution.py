@@ -21,10 +21,11 @@ import torch.nn.functional as F
 
 from hyperfade.algebra import Algebra
 from hyperfade.measure import device, machine
+from hyperfade.measure.layers import copies
 from hyperfade.measure.speed import time_alternately
 from hyperfade.nn import PHMLinear
 from hyperfade.nn.execution import Prices, candidates, execution, prices, processor
-from hyperfade.nn.forms import mixed, mixed_by_sums, sliced
+from hyperfade.nn.forms import mixed, mixed_by_library, mixed_by_sums, sliced
 from hyperfade.workspace import write_json
 
 PRICES = Path(__file__).parents[1] / "src" / "hyperfade" / "nn" / "prices.json"
@@ -42,6 +43,7 @@ ALGEBRAS = [
     Algebra.named("z2", n=4),
     Algebra.named("cyclic", n=4),
 ]
+FEW_TOKENS = 8  # up to which reading the weights counts
 CACHES = [2, 4, 8, 16, 32]  # MB
 SLOW_MULTIPLY_ADD = 4e-11  # seconds, 50 GFLOP/s: dearer than this, products run without instructions of the dtype
 
@@ -67,7 +69,8 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
             "few rows sliced": lambda: [sliced(few, w) for w in streamed],
             "derived": partial(torch.add, streamed[0], streamed[1]),
             "small mix": partial(mixed, small, mixing),
-            "wide mix": partial(mixed, wide, mixing),
+            "wide mix": partial(mixed_by_library, wide, mixing),
+            "wide mix in a kernel": partial(mixed, wide, mixing),  # where there is one, else the same
             "small sum": partial(mixed_by_sums, small, mixing),
             "wide sum": partial(mixed_by_sums, wide, mixing),
         },
@@ -88,6 +91,7 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
         small_product_element=(seconds["wide mix"] - seconds["small mix"]) / wide.numel(),
         sum_call=seconds["small sum"] / 4,
         sum_element=max((seconds["wide sum"] - seconds["small sum"]) / (4 * wide.numel()), least_sum),
+        kernel_element=None if on_cpu else seconds["wide mix in a kernel"] / (2 * wide.numel()),
         cache_bytes=None,
     )
     chunked = replace(price, cache_bytes=best_cache_bytes(dtype, place, rounds))
@@ -122,17 +126,19 @@ def keep_prices(found: dict[str, Prices], place: torch.device) -> None:
 
 @torch.inference_mode()
 def cell(algebra: Algebra, d: int, k: int, tokens: int, dtype: torch.dtype, place: torch.device, rounds: int) -> dict:
-    """Every form beside the dense layer."""
+    """Every form beside the dense layer. With few tokens each goes round copies, whose weights are in memory only."""
     like = {"dtype": dtype, "device": place}
-    layer, x = PHMLinear(d, k, algebra, bias=False, **like), torch.randn(tokens, d, device=place).to(dtype)
-    dense = torch.nn.Linear(d, k, bias=False, **like)
+    x = torch.randn(tokens, d, device=place).to(dtype)
+    both = PHMLinear(d, k, algebra, bias=False, **like), torch.nn.Linear(d, k, bias=False, **like)
+    layers, dense = (copies(layer) if tokens <= FEW_TOKENS else [layer] for layer in both)
     chosen = execution(algebra, d, k, tokens, dtype, processor(place.type))
     forms = {replace(how, chunk=chunk) for how in candidates(algebra) for chunk in (None, chosen.chunk)}
     names = {how: "-".join(str(part) for part in asdict(how).values() if part) for how in forms}
-    calls = {"dense": partial(dense, x)}
-    calls |= {names[how]: partial(layer.run, x, how) for how in sorted(forms, key=str)}
+    calls = {"dense": lambda: [layer(x) for layer in dense]}
+    calls |= {names[how]: lambda how=how: [layer.run(x, how) for layer in layers] for how in sorted(forms, key=str)}
     times = time_alternately(calls, rounds=(rounds, rounds))
-    seconds = {name: statistics.median(own) for name, own in times.items()}
+    seconds = {name: statistics.median(own) / len(layers) for name, own in times.items()}
+    seconds["dense"] *= len(layers) / len(dense)
     ratios = {name: seconds["dense"] / own for name, own in seconds.items() if name != "dense"}
     facts = {"algebra": asdict(algebra), "shape": [d, k], "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
     return facts | {

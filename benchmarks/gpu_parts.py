@@ -83,7 +83,7 @@ def measure_part(part: str, run: "Run") -> None:
         elif what == "compiled":
             ffn_part(run, "bfloat16", ("compiled",))
         else:
-            ffn_part(run, what, ("graph", "kernel", "eager"))
+            ffn_part(run, what, ("graph", "kernel", "eager", "torch"))
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -163,9 +163,8 @@ def ffn_cells(dtype: str, ways: tuple[Way, ...], tiny: bool) -> Iterator[WayCell
     for shape in sorted(ffns, key=lambda shape: -shape.multiply_adds):
         for tokens in (1, 64) if tiny else TOKENS:
             for way in ways:
-                if way == "kernel" and tokens > 1:
-                    continue
-                if way == "eager" or tokens in GRAPH_TOKENS:
+                few = tokens == 1 if way == "kernel" else tokens in GRAPH_TOKENS
+                if way == "eager" or few == (way != "torch"):
                     yield WayCell(shape, dtype, tokens, "cold", way)
 
 

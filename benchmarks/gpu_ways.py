@@ -1,5 +1,5 @@
-"""The same calls in four ways: eager, as a CUDA graph of what PyTorch has, as one with our kernel for a single token,
-and compiled and then captured as a graph.
+"""The same calls in five ways: eager, eager with what PyTorch has alone, as a CUDA graph of that, as one with our
+kernel for a single token, and compiled and then captured as a graph.
 
 An eager call at one token waits for the processor, which launches a dozen kernels one by one; a graph launches them all
 at once, so that what remains is the accelerator's own time. A graph repeats exactly what was captured: the same kernels
@@ -8,7 +8,7 @@ CUDA graphs the plain call stands in, so that every path runs on a processor too
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 from hyperfade.measure import LayerTime, time_alternately, weight_bytes
-from hyperfade.nn import joint, phm
+from hyperfade.nn import forms, joint, phm
 
-Way = Literal["graph", "kernel", "eager", "compiled"]
+Way = Literal["graph", "kernel", "eager", "torch", "compiled"]
 _WARM_CALLS = 3  # before a capture: libraries set themselves up in the first ones, which a capture forbids
 
 
@@ -55,7 +55,7 @@ def time_loops(
         with FlopCounterMode(display=False) as counter:
             layer(x)
         flops[name] = counter.get_total_flops()
-    with without_kernel() if way == "graph" else nullcontext():
+    with without_kernels() if way == "graph" else nullcontext():
         loops = {name: _loop(same, x, way) for name, same in layers.items()}
     times = time_alternately(loops, rounds=rounds)
     return {
@@ -67,13 +67,16 @@ def time_loops(
 
 
 @contextmanager
-def without_kernel() -> Iterator[None]:
+def without_kernels() -> Iterator[None]:
     """What PyTorch has, whatever the number of tokens."""
-    with patch.object(phm, "has_kernel", _never), patch.object(joint, "has_kernel", _never):
+    in_use = (phm, "has_kernel"), (joint, "has_kernel"), (forms, "mixes_in_kernel")
+    with ExitStack() as stack:
+        for module, name in in_use:
+            stack.enter_context(patch.object(module, name, _never))
         yield
 
 
-def _never(*of_a_layer: object) -> bool:
+def _never(*of_a_call: object) -> bool:
     return False
 
 
@@ -84,7 +87,13 @@ def _loop(layers: Sequence[nn.Module], x: Tensor, way: Way) -> Callable[[], obje
         for layer in layers:
             run(layer, x)
 
-    return loop if way == "eager" else captured(loop, x.device)
+    def loop_without_kernels() -> None:
+        with without_kernels():
+            loop()
+
+    if way in ("eager", "torch"):
+        return loop if way == "eager" else loop_without_kernels
+    return captured(loop, x.device)
 
 
 def _run(layer: nn.Module, x: Tensor) -> Tensor:

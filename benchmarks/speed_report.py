@@ -219,7 +219,8 @@ def _gpu(results: dict[str, Any]) -> list[str]:
         "processor that launches them one by one, and its speed-ups say little about the layers. Tables show graphs "
         "with 1 and 8 tokens, our kernel for a single one included, and eager calls beyond. Where the kernel was "
         "slower than PyTorch's products (n = 8 at Qwen2.5-VL-7B's widths; see the gaps below), layers do not use it "
-        "any more.",
+        "any more. With 64 tokens and more products are slower than dense here, for want of a good way to mix blocks; "
+        "the kernel that is to mend it ([why](decisions/0005-execution.md)) is younger than these numbers.",
     ]
     for name, (head, rows) in model_rows(results).items():
         parts += [f"### {name} on the GPU", table(head, rows)]

@@ -53,6 +53,7 @@ def test_the_shipped_sizes_are_what_their_names_say(name: str, fraction: float) 
     for layer in (replace.language, replace.vision):
         assert layer is not None
         assert (layer.products or 0) / (layer.n or 0) ** 2 * (layer.width or 1) == pytest.approx(fraction, abs=1e-4)
+    assert replace.budget == (fraction if name == "eighth" else None)
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "'1e-5'", "0.00001"])

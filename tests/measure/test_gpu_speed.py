@@ -204,7 +204,7 @@ def test_every_part_gives_numbers_and_a_repeat_keeps_them(output: Path) -> None:
         results = _part(output, part)
     assert set(results["ceilings"]) == {"bfloat16", "float32"}
     ways = {(cell["tokens"], cell["way"]) for cell in results["cells"].values()}
-    assert ways == {(1, "graph"), (1, "kernel"), (1, "eager"), (1, "compiled"), (64, "eager")}
+    assert ways == {(1, "graph"), (1, "kernel"), (1, "eager"), (1, "compiled"), (64, "eager"), (64, "torch")}
     assert {cell["region"] for cell in results["cells"].values()} == {"language", "vision"}
     for cell in results["cells"].values():
         layers = cell["layers"]
@@ -236,7 +236,7 @@ def test_a_failing_cell_is_written_down_and_loses_no_other(output: Path, monkeyp
     bad = {key: cell for key, cell in cells.items() if "error" in cell}
     assert {key.split("|")[-1] for key in bad} == {"graph"}
     assert all("stream is capturing" in cell["error"] for cell in bad.values())
-    assert (len(bad), len(cells)) == (2, 8)
+    assert (len(bad), len(cells)) == (2, 10)
     kept = gpu_speed.beginning(
         output, torch.device("cpu"), False, ArgumentParser()
     )  # a repeat measures the failed ones again

@@ -1,4 +1,4 @@
-"""The kernel for one token, in Triton's interpreter, or on a GPU where there is one: the same product as kron's."""
+"""The kernels, in Triton's interpreter, or on a GPU where there is one: the same product as kron's, the same mix."""
 
 import pytest
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfade.algebra import Algebra
-from hyperfade.nn import JointReading, PHMLinear, execution, forms, joint
-from hyperfade.nn.execution import Execution, has_kernel, kernel_pays
+from hyperfade.nn import JointReading, PHMLinear, forms, joint, kernel_use
+from hyperfade.nn.execution import Execution, Mix, execution, prices
+from hyperfade.nn.kernel_use import has_kernel, kernel_pays, mixes_in_kernel
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
-from hyperfade.nn.kernel import Tile, one_token
+from hyperfade.nn.kernel import Tile, mix, one_token
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,7 +54,7 @@ def test_layers_run_in_the_kernel_alone_and_joined(dtype: torch.dtype, monkeypat
         calls.append(layers)
         return in_a_kernel(x, p, q, t, layers)
 
-    monkeypatch.setattr(execution, "_kernel_works", lambda device_type: True)
+    monkeypatch.setattr(kernel_use, "_triton_works", lambda device_type: True)
     for module in (forms, joint):
         monkeypatch.setattr(module, "products_in_a_kernel", counted)
     torch.manual_seed(0)
@@ -76,7 +77,7 @@ def test_layers_run_in_the_kernel_alone_and_joined(dtype: torch.dtype, monkeypat
 @pytest.fixture
 def works(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this were a GPU."""
-    monkeypatch.setattr(execution, "_kernel_works", lambda device_type: True)
+    monkeypatch.setattr(kernel_use, "_triton_works", lambda device_type: True)
 
 
 def _takes(layer: PHMLinear, x: Tensor) -> bool:
@@ -117,13 +118,13 @@ def test_where_triton_fails_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPat
     def broken(*tensors: Tensor) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    execution._kernel_works.cache_clear()
-    assert not execution._kernel_works("cpu")
+    kernel_use._triton_works.cache_clear()
+    assert not kernel_use._triton_works("cpu")
     monkeypatch.setattr("hyperfade.nn.kernel.one_token", broken)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))  # there may be no GPU
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
-        assert not execution._kernel_works("cuda")
-    execution._kernel_works.cache_clear()
+        assert not kernel_use._triton_works("cuda")
+    kernel_use._triton_works.cache_clear()
 
 
 @pytest.mark.usefixtures("works")
@@ -132,3 +133,73 @@ def test_a_layer_that_learns_does_not_run_in_the_kernel() -> None:
     assert layer._execution(torch.randn(1, 8)) == Execution("products", "blocks")
     with torch.inference_mode():
         assert layer._execution(torch.randn(1, 8)) == Execution("products", "kernel")
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    tokens=st.integers(1, 9),
+    blocks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    width=st.integers(1, 700),
+    turned=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_kernel_mixes_blocks_however_they_lie(
+    tokens: int, blocks: tuple[int, int], width: int, turned: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    read, written = blocks
+    x = torch.randn(read, tokens, width, device=DEVICE).transpose(0, 1) if turned else torch.randn(tokens, read, width)
+    weights = torch.randn(read, written, device=DEVICE).T if turned else torch.randn(written, read, device=DEVICE)
+    expected = torch.einsum("ab,mbw->maw", weights.double(), x.to(DEVICE).double())
+    y = mix(x.to(DEVICE), weights)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)  # seen: 1.4e-6
+
+
+@pytest.mark.usefixtures("works")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("algebra", [Algebra.products(4), Algebra.learned(4, 2)], ids=["products", "learned"])
+def test_layers_with_many_tokens_mix_in_the_kernel(
+    algebra: Algebra, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_use, "MANY_MIXED", 8 * 96)
+    torch.manual_seed(0)
+    layer = random_layer(48, 96, algebra, dtype=dtype, device=DEVICE)
+    x = torch.randn(16, 48, device=DEVICE).to(dtype)
+    calls = []
+    in_kernel = mix
+    monkeypatch.setattr(f"{mix.__module__}.mix", lambda *arguments: calls.append(1) or in_kernel(*arguments))
+    how = Execution("products" if algebra.form == "products" else "core", "matmul")
+    with torch.no_grad():
+        y = layer.run(x, how).double() + layer.bias.double()
+    assert len(calls) == (2 if algebra.form == "products" else 1)
+    weight = kron_weight(layer)
+    scale = (x.double().abs() @ weight.abs().T + 1).max().item()
+    expected = x.double() @ weight.T + layer.bias.double()
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.usefixtures("works")
+def test_the_kernel_takes_large_mixes_of_plain_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_use, "MANY_MIXED", 1000)
+    x, weights = torch.randn(50, 4, 5), torch.randn(4, 4)
+    assert mixes_in_kernel(x, weights)
+    assert not mixes_in_kernel(x[:49], weights)
+    assert not mixes_in_kernel(x.double(), weights.double())  # it sums in float32
+    assert not mixes_in_kernel(x, weights.half())
+    assert not mixes_in_kernel(torch.empty(2**27, 4, 4, device="meta"), weights.to("meta"))  # counted in 32 bits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not mixes_in_kernel(x, weights)
+    weights.requires_grad_()
+    assert not mixes_in_kernel(x, weights)
+    with torch.no_grad():
+        assert mixes_in_kernel(x, weights)
+
+
+def test_a_gpu_mixes_many_tokens_in_the_kernel_by_its_prices() -> None:
+    price = prices("cuda", torch.bfloat16)
+    few, many = (Mix(tokens * 512, 4, 4) for tokens in (64, 2048))
+    assert price.small_product(few) == price.small_product_call + 64 * 512 * 4 * price.small_product_element
+    assert price.small_product(many) < price.small_product_call + 2048 * 512 * 4 * price.small_product_element / 4
+    chosen = execution(Algebra.products(4), 2048, 11008, 2048, torch.bfloat16, "cuda")
+    assert chosen == Execution("products", "matmul")

@@ -7,23 +7,20 @@ shapes and keeps how much slower than the best form the choice was.
 
 import json
 import math
-import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from hyperfade.algebra import Algebra
 from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
+from hyperfade.nn.kernel_use import MANY_MIXED
 
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEW_ROWS = 32  # up to which a product waits for its weights
 _ONE_CALL_WEIGHTS = 2_000_000
-_KERNEL_PRODUCTS, _KERNEL_WEIGHTS = 4, 2**25  # twice the products where the dense matrix has fewer weights
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
@@ -38,6 +35,15 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """`read` blocks become `written` blocks of `width` elements over all tokens."""
+
+    width: int
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
 class Prices:
     """Unit prices in seconds of one dtype on one kind of processor, and the cache that temporaries should stay in."""
 
@@ -49,6 +55,7 @@ class Prices:
     derived_byte: float  # of a sum of two weights, written to memory of its own
     small_product_call: float  # fixed price of mixing by a matrix product
     small_product_element: float  # written
+    kernel_element: float | None  # read or written by our own kernel for large mixes, where there is one
     sum_call: float  # fixed price of an elementwise operation
     sum_element: float  # written
     cache_bytes: int | None  # None: chunks gain nothing
@@ -57,9 +64,11 @@ class Prices:
         """Large matrix products wait for arithmetic or for their weights, whichever takes longer."""
         return calls * self.product_call + max(multiply_adds * self.multiply_add, weight_bytes * self.weight_byte)
 
-    def small_product(self, elements: int) -> float:
-        """Mixing blocks by a matrix product that writes so many elements."""
-        return self.small_product_call + elements * self.small_product_element
+    def small_product(self, mix: Mix) -> float:
+        """Mixing blocks by a matrix product, or by our kernel where that takes over."""
+        if self.kernel_element is not None and mix.width * mix.written >= MANY_MIXED:
+            return self.small_product_call + mix.width * (mix.read + mix.written) * self.kernel_element
+        return self.small_product_call + mix.width * mix.written * self.small_product_element
 
     def sums(self, calls: int, elements: int) -> float:
         """So many elementwise operations that write so many elements in all."""
@@ -79,52 +88,6 @@ def prices(kind: str, dtype: torch.dtype) -> Prices:
     nearest = _COMMON_CPU if kind.startswith("cpu") else _COMMON_ACCELERATOR
     name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
     return Prices(**(table.get(kind, {}).get(name) or table[nearest][name]))
-
-
-def has_kernel(algebra: Algebra, in_features: int, out_features: int, x: Tensor, *factors: Tensor) -> bool:
-    """Whether a layer's products for x (M, in_features) run in the kernel of `nn/kernel.py`, with its P, Q and T: for
-    one token, plainly called, on a GPU where Triton works, and where it was the fastest way."""
-    return (
-        _kernel_works(x.device.type)
-        and len(x) == 1
-        and kernel_pays(algebra, in_features, out_features)
-        and x.dtype.itemsize <= 4
-        and all(factor.is_contiguous() and factor.device == x.device for factor in factors)
-        and plainly_called(x.device.type)
-    )
-
-
-def kernel_pays(algebra: Algebra, in_features: int, out_features: int) -> bool:
-    """With more products torch's own are faster, above all in wide layers (`benchmarks/gpu_speed.py`, an H200)."""
-    few = _KERNEL_PRODUCTS if in_features * out_features > _KERNEL_WEIGHTS else 2 * _KERNEL_PRODUCTS
-    return algebra.form == "products" and algebra.size <= few
-
-
-def plainly_called(device_type: str) -> bool:
-    """Whether no autocast, tracer, transform or counter of operations has a part in a call: they see torch's operations
-    only."""
-    return not (
-        torch.is_autocast_enabled(device_type)
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-@lru_cache
-def _kernel_works(device_type: str) -> bool:
-    """Tried once: Triton also needs a C compiler and a GPU that it knows. What was measured was NVIDIA's."""
-    if device_type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
-        return False
-    try:
-        from hyperfade.nn.kernel import one_token
-
-        one = torch.ones(1, 1, 1, device="cuda")
-        one_token(one, one[0], one[0], one)
-    except Exception as error:  # noqa: BLE001 - of a compiler, a linker, a driver: torch's own operations do it as well
-        warnings.warn(f"The kernel for single tokens is not used, since Triton fails: {error}", stacklevel=2)
-        return False
-    return True
 
 
 @lru_cache(maxsize=4096)
@@ -179,7 +142,7 @@ def seconds(
     if how.form == "products":
         count = algebra.num_products
         total = price.products(1 if factors is None else count, count * tokens * d * k, stored_bytes)
-        mixes = [_Mix(tokens * d, n, count), _Mix(tokens * k, count, n)]
+        mixes = [Mix(tokens * d, n, count), Mix(tokens * k, count, n)]
         rows = None if factors is None else (factors.q, factors.p)
         if factors is not None:
             total += _operations(factors.u) * (price.sum_call + d * k * dtype.itemsize * price.derived_byte)
@@ -192,25 +155,16 @@ def seconds(
         elif how.form == "slices":
             return math.inf
         mix_in = in_features <= out_features
-        mixes = [_Mix(tokens * d, n, n * size) if mix_in else _Mix(tokens * k, n * size, n)]
+        mixes = [Mix(tokens * d, n, n * size) if mix_in else Mix(tokens * k, n * size, n)]
         fixed = fixed_rows(algebra, mix_in)
         rows = None if fixed is None else (fixed,)
     if how.mixing == "matmul":
-        return total + sum(price.small_product(mix.width * mix.written) for mix in mixes)
+        return total + sum(price.small_product(mix) for mix in mixes)
     if rows is None:  # a running sum over the blocks, for all outputs at once
         return total + sum(price.sums(mix.read, mix.width * mix.read * mix.written) for mix in mixes)
     for mix, coefficients in zip(mixes, rows, strict=True):  # and at last the blocks are joined
         total += price.sums(_operations(coefficients), _operations(coefficients) * mix.width)
     return total + price.sums(1, mixes[-1].width * mixes[-1].written)
-
-
-@dataclass(frozen=True)
-class _Mix:
-    """`read` blocks become `written` blocks of `width` elements over all tokens."""
-
-    width: int
-    read: int
-    written: int
 
 
 def _operations(rows: Rows) -> int:

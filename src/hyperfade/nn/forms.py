@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfade.algebra import Algebra
+from hyperfade.nn.kernel_use import mixes_in_kernel
 
 _SLICES = 8  # with more, a slice gets too small to be read at full speed
 _FEW_ELEMENTS = 2**16  # up to which a mix in half precision takes less by way of float32, on a CPU
@@ -154,6 +155,15 @@ def mixed(x: Tensor, weights: Tensor) -> Tensor:
             return torch.stack(_written_out(x.unbind(1), weights), 1)
     elif _better_in_float32(x):
         return mixed_in_float32(x, weights)
+    elif mixes_in_kernel(x, weights):
+        from hyperfade.nn.kernel import mix  # where there is no GPU there may be no triton
+
+        return mix(x, weights)
+    return mixed_by_library(x, weights)
+
+
+def mixed_by_library(x: Tensor, weights: Tensor) -> Tensor:
+    """What `mixed` gives, by torch's matrix products."""
     if x.shape[0] == 1:  # a call for one plain product costs half of one for a batch
         return torch.mm(weights, x[0])[None]
     # not torch.matmul: where weights can have gradients it copies x to fold it, ten times the price of the mix

@@ -11,8 +11,8 @@ The first layer computes both outputs and keeps the second's until the second as
 import torch
 from torch import Tensor
 
-from hyperfade.nn.execution import has_kernel
 from hyperfade.nn.forms import mixed, mixed_each, products, products_in_a_kernel
+from hyperfade.nn.kernel_use import has_kernel
 from hyperfade.nn.phm import PHMLinear
 
 _FACTORS = ("P", "Q", "T")

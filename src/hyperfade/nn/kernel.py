@@ -1,4 +1,4 @@
-"""The products of one token in one Triton kernel: mixes in, all products, mixes out.
+"""What torch has no good way for on a GPU, as Triton kernels: the products of one token, and large mixes.
 
     y[l, a] = Σ_r P[l, r, a] · T_{l,r} · Σ_b Q[l, r, b] x[b]          l: layers that read the same input
 
@@ -6,6 +6,11 @@ With one token a GPU waits for the weights and for the start of every kernel, an
 longer to start than the weights to arrive (`docs/speed.md`). Here a program makes a few outputs of every block: it
 mixes the input as it goes, multiplies it by these rows of all R products, and mixes the results, all in float32. With
 eight tokens torch's own products are faster again.
+
+    y[a] = Σ_b W[a, b] x[b]
+
+With many tokens torch runs a mix as thousands of products of 4 × 4 or so, at a tenth of the speed of memory. Here every
+program mixes a stretch of elements, reads each of them once and writes each output once.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -23,6 +28,7 @@ from torch import Tensor
 
 _MANY_OUTPUTS = 2048  # of a block, of all layers together; with fewer a GPU has too few programs to do
 _FEWEST_COLUMNS = 32
+_MIXED_AT_ONCE = 2048  # elements that one program writes
 
 
 class Tile(NamedTuple):
@@ -98,5 +104,60 @@ def one_token(x: Tensor, p: Tensor, q: Tensor, t: Tensor, layers: int = 1, tile:
     with torch.cuda.device_of(x):  # Triton launches on the current device, torch.accelerator has no such context
         _one_token[(triton.cdiv(width_out, rows), layers)](
             x, p, q, t, y, width_in, width_out, n, count, padded, rows, columns, num_warps=warps
+        )
+    return y
+
+
+@triton.jit
+def _mix(
+    x,  # (M, READ, width), any strides but the last
+    weights,  # (WRITTEN, READ), any strides
+    y,  # (M, WRITTEN, width)
+    count,  # M · width
+    width,
+    token_stride,
+    block_stride,
+    row_stride,
+    column_stride,
+    READ: tl.constexpr,
+    WRITTEN: tl.constexpr,
+    WRITTEN_PADDED: tl.constexpr,  # the next power of two, as every tile's side has to be
+    ELEMENTS: tl.constexpr,
+):
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)  # of a block, over all tokens
+    token, j = element // width, element % width
+    a = tl.arange(0, WRITTEN_PADDED)
+    total = tl.zeros((WRITTEN_PADDED, ELEMENTS), tl.float32)
+    for b in tl.static_range(READ):
+        block = tl.load(x + token * token_stride + b * block_stride + j, mask=element < count, other=0.0).to(tl.float32)
+        factor = tl.load(weights + a * row_stride + b * column_stride, mask=a < WRITTEN, other=0.0).to(tl.float32)
+        total += factor[:, None] * block[None, :]
+    place = (token * WRITTEN * width + j)[None, :] + (a * width)[:, None]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=(a < WRITTEN)[:, None] & (element < count)[None, :])
+
+
+def mix(x: Tensor, weights: Tensor) -> Tensor:
+    """Σ_b weights[a, b] x[:, b] for x (M, b, w) and weights (a, b): (M, a, w) in x's dtype.
+
+    Summed in float32. No gradients.
+    """
+    x = x if x.stride(2) == 1 else x.contiguous()
+    tokens, read, width = x.shape
+    padded = triton.next_power_of_2(len(weights))
+    elements = max(_MIXED_AT_ONCE // padded, _FEWEST_COLUMNS)
+    y = x.new_empty(tokens, len(weights), width)
+    with torch.cuda.device_of(x):
+        _mix[(triton.cdiv(tokens * width, elements),)](
+            x,
+            weights,
+            y,
+            tokens * width,
+            width,
+            *x.stride()[:2],
+            *weights.stride(),
+            read,
+            len(weights),
+            padded,
+            elements,
         )
     return y

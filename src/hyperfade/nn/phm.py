@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
-from hyperfade.nn.execution import Execution, execution, has_kernel, kernel_calls, processor
+from hyperfade.nn.execution import Execution, execution, kernel_calls, processor
 from hyperfade.nn.forms import (
     FixedFactors,
     batched,
@@ -38,6 +38,7 @@ from hyperfade.nn.forms import (
     separate,
     sliced,
 )
+from hyperfade.nn.kernel_use import has_kernel
 from hyperfade.nn.low_bit import LowBitLinear, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
 from hyperfade.nn.stacked import KeptMixing, by_core, products_of, state_of

@@ -1,0 +1,77 @@
+"""Whether a call runs in a kernel of ours (`nn/kernel.py`): on a GPU where Triton works, called plainly, if it pays."""
+
+import warnings
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hyperfade.algebra import Algebra
+
+_FEW_PRODUCTS, _MANY_WEIGHTS = 4, 2**25  # twice the products where the dense matrix has fewer weights
+MANY_MIXED = 2**21  # elements written by a mix, from which on the library loses more than a launch of ours costs
+
+
+def has_kernel(algebra: Algebra, in_features: int, out_features: int, x: Tensor, *factors: Tensor) -> bool:
+    """Whether a layer's products for x (M, in_features) run in the kernel for one token, with its P, Q and T."""
+    return (
+        _triton_works(x.device.type)
+        and len(x) == 1
+        and kernel_pays(algebra, in_features, out_features)
+        and x.dtype.itemsize <= 4
+        and all(factor.is_contiguous() and factor.device == x.device for factor in factors)
+        and _plainly_called(x.device.type)
+    )
+
+
+def kernel_pays(algebra: Algebra, in_features: int, out_features: int) -> bool:
+    """With more products torch's own are faster, above all in wide layers (`benchmarks/gpu_speed.py`, an H200)."""
+    few = _FEW_PRODUCTS if in_features * out_features > _MANY_WEIGHTS else 2 * _FEW_PRODUCTS
+    return algebra.form == "products" and algebra.size <= few
+
+
+def mixes_in_kernel(x: Tensor, weights: Tensor) -> bool:
+    """Whether blocks x (M, b, w) are mixed by weights (a, b) in the kernel for many tokens.
+
+    The library's way was measured (`prices.json`: 8 ps an element in bfloat16, where memory needs 1). When ours takes
+    over follows from that and from what a launch costs, and waits for a measurement of its own.
+    """
+    return (
+        _triton_works(x.device.type)
+        and x.shape[0] * x.shape[2] * len(weights) >= MANY_MIXED
+        and max(x.shape[1], len(weights)) * x.shape[0] * x.shape[2] < 2**31  # it counts in 32 bits
+        and x.dtype.itemsize <= 4
+        and x.dtype == weights.dtype
+        and weights.device == x.device
+        and not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
+        and _plainly_called(x.device.type)
+    )
+
+
+def _plainly_called(device_type: str) -> bool:
+    """Whether no autocast, tracer, transform or counter of operations has a part in a call: they see torch's operations
+    only."""
+    return not (
+        torch.is_autocast_enabled(device_type)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+@lru_cache
+def _triton_works(device_type: str) -> bool:
+    """Tried once: Triton also needs a C compiler and a GPU that it knows. What was measured was NVIDIA's."""
+    if device_type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    try:
+        from hyperfade.nn.kernel import mix, one_token
+
+        one = torch.ones(1, 1, 1, device="cuda")
+        one_token(one, one[0], one[0], one)
+        mix(one, one[0])
+    except Exception as error:  # noqa: BLE001 - of a compiler, a linker, a driver: torch's own operations do it as well
+        warnings.warn(f"Our kernels are not used, since Triton fails: {error}", stacklevel=2)
+        return False
+    return True
