@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gpu_ways import cache_bytes
 
 from hyperfade.algebra import Algebra
 from hyperfade.measure import device, machine
@@ -26,6 +27,7 @@ from hyperfade.measure.speed import time_alternately
 from hyperfade.nn import PHMLinear
 from hyperfade.nn.execution import Prices, candidates, execution, prices, processor
 from hyperfade.nn.forms import mixed, mixed_by_library, mixed_by_sums, sliced
+from hyperfade.nn.kernel_use import mixes_in_kernel
 from hyperfade.workspace import write_json
 
 PRICES = Path(__file__).parents[1] / "src" / "hyperfade" / "nn" / "prices.json"
@@ -91,7 +93,9 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
         small_product_element=(seconds["wide mix"] - seconds["small mix"]) / wide.numel(),
         sum_call=seconds["small sum"] / 4,
         sum_element=max((seconds["wide sum"] - seconds["small sum"]) / (4 * wide.numel()), least_sum),
-        kernel_element=None if on_cpu else seconds["wide mix in a kernel"] / (2 * wide.numel()),
+        kernel_element=(seconds["wide mix in a kernel"] - seconds["small mix"]) / (2 * wide.numel())
+        if mixes_in_kernel(wide, mixing)
+        else None,
         cache_bytes=None,
     )
     chunked = replace(price, cache_bytes=best_cache_bytes(dtype, place, rounds))
@@ -130,7 +134,7 @@ def cell(algebra: Algebra, d: int, k: int, tokens: int, dtype: torch.dtype, plac
     like = {"dtype": dtype, "device": place}
     x = torch.randn(tokens, d, device=place).to(dtype)
     both = PHMLinear(d, k, algebra, bias=False, **like), torch.nn.Linear(d, k, bias=False, **like)
-    layers, dense = (copies(layer) if tokens <= FEW_TOKENS else [layer] for layer in both)
+    layers, dense = (copies(layer, cache_bytes(place)) if tokens <= FEW_TOKENS else [layer] for layer in both)
     chosen = execution(algebra, d, k, tokens, dtype, processor(place.type))
     forms = {replace(how, chunk=chunk) for how in candidates(algebra) for chunk in (None, chosen.chunk)}
     names = {how: "-".join(str(part) for part in asdict(how).values() if part) for how in forms}

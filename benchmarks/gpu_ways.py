@@ -8,7 +8,7 @@ CUDA graphs the plain call stands in, so that every path runs on a processor too
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 from hyperfade.measure import LayerTime, time_alternately, weight_bytes
-from hyperfade.nn import forms, joint, phm
+from hyperfade.nn import execution, kernel_use
 
 Way = Literal["graph", "kernel", "eager", "torch", "compiled"]
 _WARM_CALLS = 3  # before a capture: libraries set themselves up in the first ones, which a capture forbids
@@ -42,6 +42,11 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
+def cache_bytes(device: torch.device) -> int | None:
+    """The GPU's last cache; None elsewhere, where `copies` knows."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
+
+
 @torch.inference_mode()
 def time_loops(
     layers: dict[str, list[nn.Module]], width: int, tokens: int, way: Way, rounds: tuple[int, int] = (5, 15)
@@ -55,9 +60,9 @@ def time_loops(
         with FlopCounterMode(display=False) as counter:
             layer(x)
         flops[name] = counter.get_total_flops()
-    with without_kernels() if way == "graph" else nullcontext():
+    with without_kernels() if way in ("graph", "torch") else nullcontext():  # a graph keeps what it captured
         loops = {name: _loop(same, x, way) for name, same in layers.items()}
-    times = time_alternately(loops, rounds=rounds)
+        times = time_alternately(loops, rounds=rounds)
     return {
         name: LayerTime(
             tuple(taken / len(layers[name]) for taken in seconds), flops[name], weight_bytes(layers[name][0])
@@ -69,14 +74,11 @@ def time_loops(
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """What PyTorch has, whatever the number of tokens."""
-    in_use = (phm, "has_kernel"), (joint, "has_kernel"), (forms, "mixes_in_kernel")
-    with ExitStack() as stack:
-        for module, name in in_use:
-            stack.enter_context(patch.object(module, name, _never))
+    with patch.object(kernel_use, "kernels_run", _never), patch.object(execution, "kernels_run", _never):
         yield
 
 
-def _never(*of_a_call: object) -> bool:
+def _never(device_type: str) -> bool:
     return False
 
 
@@ -87,13 +89,7 @@ def _loop(layers: Sequence[nn.Module], x: Tensor, way: Way) -> Callable[[], obje
         for layer in layers:
             run(layer, x)
 
-    def loop_without_kernels() -> None:
-        with without_kernels():
-            loop()
-
-    if way in ("eager", "torch"):
-        return loop if way == "eager" else loop_without_kernels
-    return captured(loop, x.device)
+    return loop if way in ("eager", "torch") else captured(loop, x.device)
 
 
 def _run(layer: nn.Module, x: Tensor) -> Tensor:

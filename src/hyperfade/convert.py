@@ -100,7 +100,8 @@ def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored, Task | None
     for key, wanted in (("quantize", recipe.quantize), ("replace.budget", recipe.replace.budget)):
         if wanted is not None:
             raise RecipeError(
-                f"{key} needs the whole model in memory, and convert never has it there.", f"Leave out {key}."
+                f"{key} needs the whole model in memory, and convert never has it there.",
+                f"Leave out {key}, or take it away from a recipe that ships: --set {key}=null.",
             )
     if recipe.fit.method == "random":
         raise RecipeError("fit.method random needs a training, which convert has none of.", "Take another fit.method.")

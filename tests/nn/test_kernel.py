@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kron_oracle import TOLERANCE, kron_weight, random_layer
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfade.algebra import Algebra
 from hyperfade.nn import JointReading, PHMLinear, forms, joint, kernel_use
-from hyperfade.nn.execution import Execution, Mix, execution, prices
+from hyperfade.nn.execution import Execution, Mix, execution, prices, processor
 from hyperfade.nn.kernel_use import has_kernel, kernel_pays, mixes_in_kernel
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
@@ -54,7 +55,7 @@ def test_layers_run_in_the_kernel_alone_and_joined(dtype: torch.dtype, monkeypat
         calls.append(layers)
         return in_a_kernel(x, p, q, t, layers)
 
-    monkeypatch.setattr(kernel_use, "_triton_works", lambda device_type: True)
+    _as_on_a_gpu(monkeypatch)
     for module in (forms, joint):
         monkeypatch.setattr(module, "products_in_a_kernel", counted)
     torch.manual_seed(0)
@@ -74,10 +75,15 @@ def test_layers_run_in_the_kernel_alone_and_joined(dtype: torch.dtype, monkeypat
     assert calls == [2, 1]  # with more tokens there are better ways
 
 
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_use, "_DEVICE", DEVICE)
+    monkeypatch.setattr(kernel_use, "_triton_works", lambda: True)
+
+
 @pytest.fixture
 def works(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this were a GPU."""
-    monkeypatch.setattr(kernel_use, "_triton_works", lambda device_type: True)
+    _as_on_a_gpu(monkeypatch)
 
 
 def _takes(layer: PHMLinear, x: Tensor) -> bool:
@@ -119,11 +125,10 @@ def test_where_triton_fails_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("Failed to find C compiler")
 
     kernel_use._triton_works.cache_clear()
-    assert not kernel_use._triton_works("cpu")
     monkeypatch.setattr("hyperfade.nn.kernel.one_token", broken)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))  # there may be no GPU
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
-        assert not kernel_use._triton_works("cuda")
+        assert not kernel_use._triton_works()
     kernel_use._triton_works.cache_clear()
 
 
@@ -162,7 +167,7 @@ def test_the_kernel_mixes_blocks_however_they_lie(
 def test_layers_with_many_tokens_mix_in_the_kernel(
     algebra: Algebra, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_use, "MANY_MIXED", 8 * 96)
+    monkeypatch.setattr(kernel_use, "_MANY_MIXED", 8 * 96)
     torch.manual_seed(0)
     layer = random_layer(48, 96, algebra, dtype=dtype, device=DEVICE)
     x = torch.randn(16, 48, device=DEVICE).to(dtype)
@@ -181,7 +186,7 @@ def test_layers_with_many_tokens_mix_in_the_kernel(
 
 @pytest.mark.usefixtures("works")
 def test_the_kernel_takes_large_mixes_of_plain_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_use, "MANY_MIXED", 1000)
+    monkeypatch.setattr(kernel_use, "_MANY_MIXED", 1000)
     x, weights = torch.randn(50, 4, 5), torch.randn(4, 4)
     assert mixes_in_kernel(x, weights)
     assert not mixes_in_kernel(x[:49], weights)
@@ -190,6 +195,12 @@ def test_the_kernel_takes_large_mixes_of_plain_calls_only(monkeypatch: pytest.Mo
     assert not mixes_in_kernel(torch.empty(2**27, 4, 4, device="meta"), weights.to("meta"))  # counted in 32 bits
     with torch.autocast("cpu", torch.bfloat16):
         assert not mixes_in_kernel(x, weights)
+    with FlopCounterMode(display=False):
+        assert not mixes_in_kernel(x, weights)
+    with forward_ad.dual_level():
+        assert not mixes_in_kernel(forward_ad.make_dual(x, x), weights)
+    assert not mixes_in_kernel(x.as_subclass(type("Other", (Tensor,), {})), weights)
+    assert not mixes_in_kernel(torch.randn(50, 65, 5), torch.randn(4, 65))  # too many coefficients for registers
     weights.requires_grad_()
     assert not mixes_in_kernel(x, weights)
     with torch.no_grad():
@@ -201,5 +212,19 @@ def test_a_gpu_mixes_many_tokens_in_the_kernel_by_its_prices() -> None:
     few, many = (Mix(tokens * 512, 4, 4) for tokens in (64, 2048))
     assert price.small_product(few) == price.small_product_call + 64 * 512 * 4 * price.small_product_element
     assert price.small_product(many) < price.small_product_call + 2048 * 512 * 4 * price.small_product_element / 4
-    chosen = execution(Algebra.products(4), 2048, 11008, 2048, torch.bfloat16, "cuda")
-    assert chosen == Execution("products", "matmul")
+    shape = Algebra.products(4), 3584, 18944, 2048, torch.bfloat16
+    assert execution(*shape, "cuda") == Execution("products", "matmul")
+    for kind in ("cuda without kernels", "mps"):
+        assert prices(kind, torch.bfloat16).kernel_element is None
+        assert execution(*shape, kind) == Execution("products", "sums")
+    assert prices("cuda", torch.float64).kernel_element is None
+
+
+def test_prices_know_whether_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    _as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(kernel_use, "_DEVICE", "cuda")
+    assert processor("cuda") == "cuda"
+    with FlopCounterMode(display=False):
+        assert processor("cuda") == "cuda without kernels"
+    monkeypatch.setattr(kernel_use, "_triton_works", lambda: False)
+    assert processor("cuda") == "cuda without kernels"

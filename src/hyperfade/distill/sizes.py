@@ -53,11 +53,6 @@ def items_of(model: nn.Module, replace: Replace) -> list[Item]:
     """What gets a size: what the start would replace."""
     modules, the_plan, items = dict(model.named_modules()), plan(model, replace), []
     for ffn in the_plan.ffns:
-        if ffn.experts:
-            raise PlanError(
-                f"replace.budget cannot be shared out over experts: {ffn.name} has {ffn.experts}.",
-                "Give sizes and no budget, or keep them dense: replace.exclude: ['*.experts.*'].",
-            )
         layer: Layer = getattr(replace, ffn.region)
         matrices: dict[str, Any] = {swap.name: modules[swap.name] for swap in the_plan.swaps if swap.ffn == ffn.name}
         if layer.width is not None and ffn.readers:

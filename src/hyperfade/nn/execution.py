@@ -16,7 +16,7 @@ import torch
 
 from hyperfade.algebra import Algebra
 from hyperfade.nn.forms import Mixing, Rows, fixed_factors, fixed_rows
-from hyperfade.nn.kernel_use import MANY_MIXED
+from hyperfade.nn.kernel_use import kernels_run, mix_pays
 
 _COMMON_CPU, _COMMON_ACCELERATOR = "cpu AVX2", "cuda"
 _FEW_ROWS = 32  # up to which a product waits for its weights
@@ -66,7 +66,7 @@ class Prices:
 
     def small_product(self, mix: Mix) -> float:
         """Mixing blocks by a matrix product, or by our kernel where that takes over."""
-        if self.kernel_element is not None and mix.width * mix.written >= MANY_MIXED:
+        if self.kernel_element is not None and mix_pays(mix.width, mix.read, mix.written):
             return self.small_product_call + mix.width * (mix.read + mix.written) * self.kernel_element
         return self.small_product_call + mix.width * mix.written * self.small_product_element
 
@@ -75,10 +75,11 @@ class Prices:
         return calls * self.sum_call + elements * self.sum_element
 
 
-@lru_cache
 def processor(device_type: str) -> str:
-    """The kind of processor that prices are kept for: what it can do matters, not who made it."""
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device_type in ("cpu", "meta") else device_type
+    """The kind of processor that prices are kept for: what it can do, right now, matters, not who made it."""
+    if device_type in ("cpu", "meta"):
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return device_type if kernels_run(device_type) else f"{device_type} without kernels"
 
 
 @lru_cache
@@ -87,7 +88,8 @@ def prices(kind: str, dtype: torch.dtype) -> Prices:
     table = json.loads((files("hyperfade.nn") / "prices.json").read_text(encoding="utf-8"))
     nearest = _COMMON_CPU if kind.startswith("cpu") else _COMMON_ACCELERATOR
     name = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
-    return Prices(**(table.get(kind, {}).get(name) or table[nearest][name]))
+    found = Prices(**(table.get(kind, {}).get(name) or table[nearest][name]))
+    return found if kind in table and dtype.itemsize <= 4 else replace(found, kernel_element=None)
 
 
 @lru_cache(maxsize=4096)

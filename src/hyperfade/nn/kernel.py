@@ -125,7 +125,7 @@ def _mix(
     ELEMENTS: tl.constexpr,
 ):
     element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)  # of a block, over all tokens
-    token, j = element // width, element % width
+    token, j = (element // width).to(tl.int64), element % width  # tokens may lie far apart
     a = tl.arange(0, WRITTEN_PADDED)
     total = tl.zeros((WRITTEN_PADDED, ELEMENTS), tl.float32)
     for b in tl.static_range(READ):

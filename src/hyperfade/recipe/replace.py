@@ -140,7 +140,8 @@ class Replace(Section):
             return self
         if self.rules:
             raise ValueError(
-                "budget finds the size of every layer itself: leave out rules (exclude keeps layers dense)"
+                "budget finds the size of every layer itself: leave out rules (exclude keeps layers dense), or the "
+                "budget (--set replace.budget=null)"
             )
         for layer in self.layers():
             if layer.width is None and layer.fraction is None and layer.kind != "products":

@@ -82,7 +82,8 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
     """Match `recipe` to `model`. Changes nothing.
 
     Raises `NothingMatchedError` where the recipe meets no matrix (or a pattern meets none), `AllExcludedError` where
-    every match was excluded, `AlgebraError` where n does not divide a matrix's widths (it names the matrix).
+    every match was excluded, `PlanError` where a budget meets experts, `AlgebraError` where n does not divide a
+    matrix's widths (it names the matrix).
     """
     choice = recipe.replace if isinstance(recipe, Recipe) else recipe
     matrices = dense_matrices(model)
@@ -111,6 +112,12 @@ def plan(model: nn.Module, recipe: Recipe | Replace) -> Plan:
             else:
                 swaps.append(Swap(name, ffn.name, ffn.region, spec_of(layer, linear, ffn, name)))
         _check_widths(ffn, swaps)
+        if choice.budget is not None and ffn.experts and swaps and swaps[-1].ffn == ffn.name:
+            raise PlanError(
+                f"replace.budget cannot be shared out over experts: {ffn.name} has {ffn.experts}.",
+                "Take the budget away, --set replace.budget=null, or keep experts dense, --set "
+                """'replace.exclude=["*.experts.*"]'.""",
+            )
     for held in unknown:
         reason = f"holding {held.number} experts in a module of an unknown make"
         kept += [(f"{held.name}.{key}", reason) for key in held.tensors]
