@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from typer.main import get_command
 
 from hyperfade import cli
-from hyperfade.hub import EMBEDDED_FOLDER
+from hyperfade.hub import EMBEDDED_FOLDER, load, stored_dtype
 from hyperfade.measure import evaluate, read_answers
 from hyperfade.recipe import Recipe
 from hyperfade.recipe.keys import describe
@@ -239,7 +242,7 @@ def test_compress_hands_over_the_recipe_with_all_changes(
 
 
 def test_evaluate_prints_and_writes_what_the_library_measures(tmp_path: Path, call: Any) -> None:
-    from hyperfade.hub import load, load_processor
+    from hyperfade.hub import load_processor
 
     scores_file, answers_file = tmp_path / "new" / "scores.json", tmp_path / "new" / "answers.jsonl"
     options = ("--limit", "24", "--batch-size", "10", "--max-new-tokens", "4")
@@ -386,6 +389,20 @@ def test_quantize_by_what_layers_read(call: Any, tmp_path: Path) -> None:
     code, _, err = call("quantize", EMBEDDED, "--to", "int4", "--samples", "3", "--output", str(tmp_path / "other"))
     assert (code, err.splitlines()[0]) == (2, "Error: --samples counts examples of --data, and there is no --data.")
     assert [path.name for path in tmp_path.iterdir()] == ["int4"]
+
+
+def test_quantize_keeps_the_dtype_that_weights_are_stored_in(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    source, low = tmp_path / "source", tmp_path / "int4"
+    shutil.copytree(EMBEDDED_FOLDER, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    assert stored_dtype(source) == torch.float16
+    code, _, err = call("quantize", str(source), "--to", "int4", "--output", str(low))
+    assert (code, err) == (0, "")
+    tensors = load_file(low / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float16}
+    assert {p.dtype for p in load(str(low)).parameters() if p.is_floating_point()} == {torch.float32}
 
 
 def test_a_format_that_cannot_be_had_is_one_line(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def quantize(
 ) -> None:
     """Round a checkpoint's FFNs to few bits, as torchao or bitsandbytes do; the result loads like any other."""
     from hyperfade.compose.quantize import check_format, quantize_
-    from hyperfade.hub import load, load_processor, mark_, save
+    from hyperfade.hub import load, load_processor, mark_, resolve, save, stored_dtype
     from hyperfade.measure import disk_bytes
 
     if samples and not data:
@@ -48,11 +48,12 @@ def quantize(
     folder = output or Path(f"{model.rstrip('/')}-{to}")
     refuse_existing(folder)
     loaded, processor = load(model), load_processor(model)
-    report = quantize_(
-        *(loaded, to, group_size, rest), moments_of=_readings(loaded, processor, data, samples or 128) if data else None
-    )
+    source = Path(resolve(model))
+    storage = stored_dtype(source) if source.is_dir() else None  # what is not rounded stays as small as it was
+    moments_of = _readings(loaded, processor, data, samples or 128) if data else None
+    report = quantize_(loaded, to, group_size, rest, scale_dtype=storage, moments_of=moments_of)
     mark_(loaded)
-    save(loaded, folder, processor)
+    save(loaded, folder, processor, storage_dtype=storage)
     typer.echo("\n".join([*report.lines(), f"{folder}: {disk_bytes(folder) / 1e6:.2f} MB of weights"]))
 
 

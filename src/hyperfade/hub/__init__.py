@@ -29,7 +29,7 @@ from hyperfade.hub.checkpoint import (
 )
 from hyperfade.hub.integrity import verify_checkpoint, verify_safetensors
 from hyperfade.hub.quantizer import HyperfadeConfig, HyperfadeQuantizer
-from hyperfade.hub.stored import Stored, StoredTensor, cast, stored
+from hyperfade.hub.stored import Stored, StoredTensor, cast, stored, stored_dtype
 
 __all__ = [
     "EMBEDDED",
@@ -58,6 +58,7 @@ __all__ = [
     "score_text",
     "skeleton",
     "stored",
+    "stored_dtype",
     "table",
     "takes_images",
     "verify_checkpoint",

@@ -8,6 +8,7 @@ read opens its file anew: a header is parsed in a moment, and no more than one t
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,15 @@ def stored(folder: Path, model: PreTrainedModel) -> Stored:
     if missing and not converted:  # a converter fills parameters whose names it alone knows
         raise CheckpointError(f"{folder} holds no weights for {missing[0]}.", AGAIN)
     return Stored(found, by_name, tuple(left_out))
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that most floating-point numbers of a checkpoint folder have on disk, whatever its config.json says."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in _tensors(folder):
+        if tensor.like.is_floating_point():
+            numbers[tensor.like.dtype] += tensor.like.numel()
+    return max(numbers, key=numbers.__getitem__, default=None)
 
 
 def _tensors(folder: Path) -> Iterator[StoredTensor]:
