@@ -400,6 +400,7 @@ def test_quantize_keeps_the_dtype_that_weights_are_stored_in(call: Any, tmp_path
     assert stored_dtype(source) == torch.float16
     code, _, err = call("quantize", str(source), "--to", "int4", "--output", str(low))
     assert (code, err) == (0, "")
+    assert len({file.stat().st_mode for file in low.iterdir()}) == 1  # safetensors' own would be for the owner alone
     tensors = load_file(low / "model.safetensors").values()
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float16}
     assert {p.dtype for p in load(str(low)).parameters() if p.is_floating_point()} == {torch.float32}

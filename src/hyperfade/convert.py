@@ -35,6 +35,7 @@ from hyperfade.hub import (
     skeleton,
     stored,
     takes_images,
+    usual_modes_,
 )
 from hyperfade.measure import device, machine
 from hyperfade.processes import join
@@ -81,6 +82,7 @@ def convert(recipe: Recipe, say: Say = print, *, shard_bytes: int = 10**9) -> di
         }
         _write_rest(model, recipe, variant, facts, say)
         write_json(facts_file, facts)
+        usual_modes_(variant.work / "model")
         os.rename(variant.work / "model", variant.model)
         shutil.rmtree(variant.work / "fit")
     say(f"Model: {variant.model}")

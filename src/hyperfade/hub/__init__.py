@@ -25,6 +25,7 @@ from hyperfade.hub.checkpoint import (
     save,
     skeleton,
     takes_images,
+    usual_modes_,
     write_folder,
 )
 from hyperfade.hub.integrity import verify_checkpoint, verify_safetensors
@@ -61,6 +62,7 @@ __all__ = [
     "stored_dtype",
     "table",
     "takes_images",
+    "usual_modes_",
     "verify_checkpoint",
     "verify_safetensors",
     "write_folder",

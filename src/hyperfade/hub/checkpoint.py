@@ -5,6 +5,7 @@ A folder is written beside its final place and renamed, so a full disk or a kill
 
 import json
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary)
+            usual_modes_(temporary)
             shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
                 folder.rename(replaced)
@@ -124,6 +126,18 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
         raise
+
+
+def usual_modes_(folder: Path) -> None:
+    """Give the folder's files the permissions of new files here: safetensors keeps its own to their owner, and a server
+    may be somebody else."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def partial_of(folder: Path) -> Path:
