@@ -133,6 +133,17 @@ def test_where_triton_fails_the_kernel_is_not_used(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("works")
+def test_a_stacked_layer_does_not_run_in_the_kernel() -> None:
+    layer = random_layer(8, 8, Algebra.products(2), device=DEVICE)
+    one = torch.randn(1, 8, device=DEVICE)
+    with torch.inference_mode():
+        expected = layer(one)
+        layer.stack_()
+        assert layer._execution(one).mixing != "kernel"
+        torch.testing.assert_close(layer(one), expected)
+
+
+@pytest.mark.usefixtures("works")
 def test_a_layer_that_learns_does_not_run_in_the_kernel() -> None:
     layer = random_layer(8, 8, Algebra.products(2))
     assert layer._execution(torch.randn(1, 8)) == Execution("products", "blocks")

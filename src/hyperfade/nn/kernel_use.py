@@ -18,7 +18,8 @@ _MOST_COEFFICIENTS = 256  # of a mix: more would not fit into registers
 def has_kernel(algebra: Algebra, in_features: int, out_features: int, x: Tensor, *factors: Tensor) -> bool:
     """Whether a layer's products for x (M, in_features) run in the kernel for one token, with its P, Q and T."""
     return (
-        len(x) == 1
+        x.device.type == _DEVICE
+        and len(x) == 1
         and kernel_pays(algebra, in_features, out_features)
         and x.dtype.itemsize <= 4
         and all(factor.is_contiguous() and factor.device == x.device for factor in factors)

@@ -236,11 +236,10 @@ class PHMLinear(nn.Module):
         if by_products and torch.is_grad_enabled():
             return Execution("products", "blocks")  # prices are those of a forward pass alone
         like = tokens.dtype, processor(tokens.device.type)
-        if by_products and has_kernel(
-            self.algebra, self.in_features, self.out_features, tokens, self.P, self.Q, self.T
-        ):
+        widths = self.in_features, self.out_features
+        if by_products and not self.stacked and has_kernel(self.algebra, *widths, tokens, self.P, self.Q, self.T):
             return Execution("products", "kernel")
-        how = execution(self.algebra, self.in_features, self.out_features, len(tokens), *like)
+        how = execution(self.algebra, *widths, len(tokens), *like)
         return replace(how, chunk=None) if torch.is_grad_enabled() else how  # autograd cannot follow chunks
 
     def run(self, tokens: Tensor, how: Execution) -> Tensor:
