@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu_ways import cache_bytes
 
 from hyperfade.algebra import Algebra
 from hyperfade.measure import device, machine
@@ -134,7 +133,7 @@ def cell(algebra: Algebra, d: int, k: int, tokens: int, dtype: torch.dtype, plac
     like = {"dtype": dtype, "device": place}
     x = torch.randn(tokens, d, device=place).to(dtype)
     both = PHMLinear(d, k, algebra, bias=False, **like), torch.nn.Linear(d, k, bias=False, **like)
-    layers, dense = (copies(layer, cache_bytes(place)) if tokens <= FEW_TOKENS else [layer] for layer in both)
+    layers, dense = (copies(layer) if tokens <= FEW_TOKENS else [layer] for layer in both)
     chosen = execution(algebra, d, k, tokens, dtype, processor(place.type))
     forms = {replace(how, chunk=chunk) for how in candidates(algebra) for chunk in (None, chosen.chunk)}
     names = {how: "-".join(str(part) for part in asdict(how).values() if part) for how in forms}

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from execution import keep_prices, measured_prices
 from ffn_speed import Cell, facts_of, numbers_of, rounded, shapes
-from gpu_ways import Way, cache_bytes, decoder, time_loops
+from gpu_ways import Way, decoder, time_loops
 from model_speed import GROUPS
 from shapes import LOW_RANK, MODELS, VARIANTS, Model, qwen_3b
 from torch import nn
@@ -174,7 +174,7 @@ def ffn_layers(cell: WayCell, run: Run) -> dict[str, list[nn.Module]]:
     for name, swaps in shape.choices.items():
         if cell.way != "compiled" or name not in LOW_RANK:
             layer = lone_ffn(shape.model, shape.ffn, swaps, getattr(torch, cell.dtype), run.device)
-            found[name] = copies(layer, weight_bytes(layer) // 2 if run.tiny else cache_bytes(run.device))
+            found[name] = copies(layer, weight_bytes(layer) // 2 if run.tiny else None)
     return found
 
 

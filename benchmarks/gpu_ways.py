@@ -42,11 +42,6 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
-def cache_bytes(device: torch.device) -> int | None:
-    """The GPU's last cache; None elsewhere, where `copies` knows."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
-
-
 @torch.inference_mode()
 def time_loops(
     layers: dict[str, list[nn.Module]], width: int, tokens: int, way: Way, rounds: tuple[int, int] = (5, 15)

@@ -229,10 +229,10 @@ def fill_(module: nn.Module) -> None:
 
 
 def copies(layer: nn.Module, cache_bytes: int | None = None) -> list[nn.Module]:
-    """The layer and as many copies as exceed `cache_bytes` [default: the processor's last cache] four times, within
+    """The layer and as many copies as exceed `cache_bytes` [default: the last cache of its device] four times, within
     3 GB and 256 copies: going round them, every call finds its weights in memory only."""
     own = weight_bytes(layer)
-    wanted = 4 * (cache_bytes or last_cache_bytes())
+    wanted = 4 * (cache_bytes or last_cache_bytes(next(layer.parameters()).device))
     count = max(1, min(-(-wanted // own), _COPIES_BYTES // own, _MOST_COPIES))
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
@@ -261,8 +261,10 @@ class _Compiled(nn.Module):
         return self.compiled(self.layer, x)
 
 
-def last_cache_bytes() -> int:
-    """Size of the processor's last cache; 32 MB where the system does not tell."""
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the last cache of a GPU or of the processor; 32 MB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [file.read_text(encoding="utf-8").strip() for file in _CACHES.glob("index*/size")]
     return max((int(size[:-1]) * 2**10 for size in sizes if size.endswith("K")), default=32 * 2**20)
 

@@ -18,7 +18,7 @@ _MOST_COEFFICIENTS = 256  # of a mix: more would not fit into registers
 def has_kernel(algebra: Algebra, in_features: int, out_features: int, x: Tensor, *factors: Tensor) -> bool:
     """Whether a layer's products for x (M, in_features) run in the kernel for one token, with its P, Q and T."""
     return (
-        x.device.type == _DEVICE
+        x.device.type == _DEVICE  # asked first: on a processor the rest would cost every token something
         and len(x) == 1
         and kernel_pays(algebra, in_features, out_features)
         and x.dtype.itemsize <= 4
