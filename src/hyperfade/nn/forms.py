@@ -15,8 +15,8 @@ Mixing moves M·n small blocks and is bound by memory and by the cost of a call,
 matrix product over the blocks, or a running sum over them. Where the coefficients are known numbers (`Rows`), the sum
 leaves out zeros and is a mere view where one coefficient of 1 is all there is. For training there is a third, one
 product over the blocks of all tokens: it copies x and y, but its gradients are such products again, where the others'
-are sums over M tiny ones. Under `torch.compile` sums are written out block by block: a compiler makes one pass of them. On
-a GPU a kernel of our own takes large mixes (`nn/kernel.py`).
+are sums over M tiny ones. Under `torch.compile` sums are written out block by block: a compiler makes one pass of them.
+On a GPU a kernel of our own takes large mixes (`nn/kernel.py`).
 """
 
 import math
