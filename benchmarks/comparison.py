@@ -51,6 +51,14 @@ def methods(fraction: float) -> dict[str, dict[str, Any]]:
         ),
         "products on fewer units": both(fewer_units),
         "products on fewer units by budget": both(fewer_units, budget=fraction),
+    } | {
+        f"{name}, corrected": both(layer, **choice) | {"fit": {"prefix": "corrected"}}
+        for name, layer, choice in (
+            ("low-rank, whitened", {"kind": "low_rank", "fraction": fraction}, {}),
+            ("width by budget", {"kind": "dense", "width": fraction}, {"budget": fraction}),
+            ("products on fewer units", fewer_units, {}),
+            ("products on fewer units by budget", fewer_units, {"budget": fraction}),
+        )
     }
 
 

@@ -234,7 +234,7 @@ def _reload_bit_equal(model: Any, reloaded: Any, task: Task) -> bool:
 
 def _fit_line(variant: Variant, say: Say) -> Callable[[LayerFit], None]:
     def line(layer: LayerFit) -> None:
-        if layer.error is not None and layer.low_rank_error is not None:
+        if layer.error is not None:
             say(f"[{variant.name}] {fit_text(layer)}")
         if layer.few_tokens:
             say(f"[{variant.name}] fit {layer.name}: {few_tokens_text(layer.few_tokens)}")

@@ -105,6 +105,11 @@ def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored, Task | None
                 f"{key} needs the whole model in memory, and convert never has it there.",
                 f"Leave out {key}, or take it away from a recipe that ships: --set {key}=null.",
             )
+    if recipe.fit.method == "calibrated" and recipe.fit.prefix == "corrected":
+        raise RecipeError(
+            "fit.prefix corrected needs the dense model in memory beside the compressed one, and convert has neither.",
+            "Take --set fit.prefix=compressed.",
+        )
     if recipe.fit.method == "random":
         raise RecipeError("fit.method random needs a training, which convert has none of.", "Take another fit.method.")
     model = skeleton(recipe.model, getattr(torch, recipe.dtype))

@@ -66,9 +66,8 @@ def second_moments(
     mask: Tensor | None = None
 
     def collect(name: str, args: tuple[Tensor, *tuple[Groups, ...]]) -> None:
-        x, *groups = args[0].flatten(0, -2), *args[1:]  # some families (OPT) flatten it themselves
-        real = mask.flatten().bool() if mask is not None and region_of(name) == "language" else None
-        parts = _by_expert(x, groups[0], real) if groups else [x if real is None or len(x) != len(real) else x[real]]
+        x, *groups = args
+        parts = _by_expert(x.flatten(0, -2), groups[0], _real(name, mask)) if groups else [real_rows(name, x, mask)]
         own = moments.setdefault(name, [])
         own += [SecondMoment(x.shape[-1], x.device) for _ in range(len(parts) - len(own))]
         for moment, part in zip(own, parts, strict=True):
@@ -109,6 +108,17 @@ def second_moments(
         means = [ridge_(mean, ridge) for mean in means]
         results[name] = ExpertMoments(means, tokens, prior) if weight.dim() == 3 else means[0]
     return results
+
+
+def real_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows (tokens, d) of x (..., d), read or written by the module `name`, that are no padding by the batch's
+    attention `mask`; some families (OPT) flatten x themselves, and a vision tower has no padding."""
+    x, real = x.flatten(0, -2), _real(name, mask)
+    return x if real is None or len(x) != len(real) else x[real]
+
+
+def _real(name: str, mask: Tensor | None) -> Tensor | None:
+    return mask.flatten().bool() if mask is not None and region_of(name) == "language" else None
 
 
 def _by_expert(x: Tensor, groups: Groups, real: Tensor | None) -> list[Tensor]:

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from hyperfade.algebra import low_rank
 from hyperfade.distill.activations import Batch, ExpertMoments, Moment, Run, input_hooks, run, second_moments
+from hyperfade.distill.beside import beside
+from hyperfade.distill.correction import Aim, corrected_writer
 from hyperfade.distill.matrices import LayerFit, fit_experts, fit_matrix
 from hyperfade.errors import CheckpointError, FitError
 from hyperfade.nn import BlendLinear
@@ -36,6 +39,7 @@ from hyperfade.surgery import (
     permute_hidden_,
     pruned_error,
     refitted_writer,
+    set_alpha_,
 )
 
 _ORDER, _WRITER = "hidden_order", "dense_writer"
@@ -51,6 +55,7 @@ def fit_(
     on_layer: Callable[[LayerFit], None] = lambda layer: None,
     moments: dict[str, Moment] | None = None,
     send: Run = run,
+    aim_of: Callable[[str], Aim | None] = lambda ffn: None,
 ) -> list[LayerFit]:
     """Fit the light branch of every `BlendLinear` that `plan` made in `model`; the model ends at α = 0 as it began,
     but where FFNs keep a part of their hidden units it ends with those alone.
@@ -59,7 +64,8 @@ def fit_(
     are kept there and taken from there, so an interrupted fit continues. Of several processes each gives its own share
     of the batches, and all get the same fit. on_layer is called after each matrix. moments: second moments of inputs by
     matrix, under `prefix: dense` used where they are there and added where they are not, so that several plans for one
-    model and the same batches gather them once. send: how a batch reaches the plan's layers.
+    model and the same batches gather them once. send: how a batch reaches the plan's layers. aim_of: what the writer of
+    an FFN of that name is aimed at, if not at what the dense one writes.
     Raises `FitError` where an FFN is never reached, activations are not finite, or a part of an FFN's hidden units is
     to be kept and the method gathers no activations that would tell which.
     """
@@ -76,6 +82,17 @@ def fit_(
     was_training = model.training
     model.eval()
     results: list[LayerFit] = []
+    if recipe.prefix == "corrected" and recipe.method == "calibrated":
+        behind = recipe.model_copy(update={"prefix": "compressed"})
+        with closing(beside(model, plan, batches)) as parts:
+            for part, inputs, sends, aims in parts:
+                results += fit_(model, part, inputs, behind, folder, on_layer, None, sends, aims)
+        missed = swaps.keys() - {layer.name for layer in results}
+        if missed:
+            raise never_reached(sorted(missed))
+        set_alpha_(model, 0.0)
+        model.train(was_training)
+        return results
     ffns = plan.ffns if recipe.method == "frobenius" else _in_order_of_use(model, plan, batches, send)
     moments = {} if moments is None else moments
     files = {ffn.name: fit_file(folder, ffn.name) for ffn in ffns} if folder else {}
@@ -90,7 +107,8 @@ def fit_(
             fitted = _restore(file, ffn, mine)
         else:
             fitted, order = _fit_ffn(
-                model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {}, send
+                *(model, ffn, mine, swaps, batches, recipe, moments if recipe.prefix == "dense" else {}, send),
+                aim_of(ffn.name),
             )
             if file is not None and is_first():
                 _keep(file, ffn, mine, fitted, order)
@@ -112,9 +130,10 @@ def _fit_ffn(
     recipe: FitRecipe,
     dense_moments: Mapping[str, Moment],
     send: Run,
+    aim: Aim | None,
 ) -> tuple[list[LayerFit], Tensor | None]:
     """Readers first, on the FFN's input; then the writer, on what it reads with them in place (or in the dense model,
-    where `dense_moments` has that)."""
+    where `dense_moments` has that), aimed at what the dense one writes unless there is an `aim`."""
 
     def moment_of(name: str) -> Moment:
         if name not in dense_moments:
@@ -138,7 +157,10 @@ def _fit_ffn(
     for group in (ffn.readers, (ffn.writer,)):
         group = [name for name in group if name in mine]
         began = time.perf_counter()
-        moment = moment_of(group[0]) if calibrated and group else None
+        corrected = None
+        if aim is not None and group == [ffn.writer]:
+            corrected = corrected_writer(model, ffn.writer, mine[ffn.writer], batches, recipe.ridge, send, aim)
+        moment = corrected.moment if corrected else moment_of(group[0]) if calibrated and group else None
         for name in group:
             blend, few = mine[name], {}
             try:
@@ -147,17 +169,23 @@ def _fit_ffn(
                     error, rival_error, sweeps, few = fit_experts(blend, swaps[name], of_each, recipe)
                 else:
                     one = None if moment is None else _whole(moment)
+                    weight = corrected.writer if corrected else blend.dense.weight
                     if name not in rivals:
-                        rivals[name] = low_rank(whole[name], matched_low_rank(swaps[name]), one, ridge=0)
+                        wide = corrected.writer if corrected else whole[name]
+                        rivals[name] = low_rank(wide, matched_low_rank(swaps[name]), one, ridge=0)
                     rival_error, spec = rivals[name].error, swaps[name].spec
-                    error, sweeps = fit_matrix(blend.dense.weight, blend.light, spec, rivals[name], one, recipe)
+                    error, sweeps = fit_matrix(weight, blend.light, spec, rivals[name], one, recipe)
             except FitError as failure:
                 raise FitError(f"{name}: {failure.message}", failure.hint) from failure
-            if name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up, exactly so
-                # where the writer was refitted, because then what they leave is orthogonal to the units that stay
+            if corrected:
+                error = corrected.error(error)
+                rival_error = None if narrow else corrected.error(rival_error)
+            elif name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up, exactly
+                # so where the writer was refitted, because then what they leave is orthogonal to the units that stay
                 error = math.hypot(lost, error * math.sqrt(max(0.0, 1 - lost**2)))
             label, seconds = swaps[name].spec.label, time.perf_counter() - began
-            results.append(LayerFit(name, label, error, rival_error, sweeps, seconds, few))
+            share = corrected.share if corrected else None
+            results.append(LayerFit(name, label, error, rival_error, sweeps, seconds, few, share))
             began = time.perf_counter()
         for name in group:
             mine[name].alpha = 1.0

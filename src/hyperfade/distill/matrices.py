@@ -40,6 +40,9 @@ class LayerFit:
 
     low_rank_error is that of the whitened low-rank layer with as many parameters. Where an FFN keeps a part of its
     hidden units, a reader's error is that of the rows that stay, and the writer's holds what leaving others out costs.
+    correction: how far a writer was corrected for what lies before it, from 0 to 1; None where it was aimed at the
+    dense one's output. With one, errors are relative to what it was aimed at, and where units are gone no rival's is
+    known.
     seconds of the first matrix on an input hold the calibration passes that gathered its second moment. Errors of
     experts are over all of them, each by its tokens and on the moment it was fitted on; few_tokens: experts that
     calibration hardly reached, by number, with the tokens that each met.
@@ -52,6 +55,7 @@ class LayerFit:
     sweeps: int
     seconds: float
     few_tokens: dict[str, int] = field(default_factory=dict)
+    correction: float | None = None
 
 
 def fit_matrix(

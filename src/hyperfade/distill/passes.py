@@ -8,16 +8,18 @@ the caller's to bring and to take away.
 """
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from hyperfade.distill.activations import Batch, Reached
+from hyperfade.distill.activations import Batch, Reached, Run
 from hyperfade.distill.activations import run as send
+from hyperfade.surgery import Plan
 
 Order = Literal["again", "on", "end"]
 
@@ -101,6 +103,24 @@ def stops(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     finally:
         for module in modules.values():
             del module.forward
+
+
+def sends_again(waiting: Mapping[int, Pass]) -> Run:
+    """Sends a batch through the module that its pass, by the batch's id, waits in front of."""
+    return lambda _, batch: waiting[id(batch)].again()
+
+
+def parts_of(plan: Plan) -> dict[str, Plan]:
+    """`plan` in parts that are fitted at one stop, by the module that passes stop in front of."""
+    holders = outermost([ffn.name for ffn in plan.ffns])
+    return {
+        holder: replace(
+            plan,
+            swaps=tuple(swap for swap in plan.swaps if holders[swap.ffn] == holder),
+            ffns=tuple(ffn for ffn in plan.ffns if holders[ffn.name] == holder),
+        )
+        for holder in holders.values()
+    }
 
 
 def outermost(names: Sequence[str]) -> dict[str, str]:

@@ -8,15 +8,14 @@ at the next FFN. So memory holds the weights from one FFN to the next, and every
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from hyperfade.distill.activations import Batch, Run
+from hyperfade.distill.activations import Batch
 from hyperfade.distill.calibrate import fit_, never_reached
 from hyperfade.distill.matrices import LayerFit
-from hyperfade.distill.passes import Pass, outermost, stops
+from hyperfade.distill.passes import Pass, parts_of, sends_again, stops
 from hyperfade.errors import FitError
 from hyperfade.recipe import Fit as FitRecipe
 from hyperfade.surgery import Plan, blends, swap_
@@ -38,17 +37,15 @@ def fit_streamed(
     """Fit every FFN of `plan`, made for `model`, whose parameters are on the meta device; the fits are in `folder`.
 
     What lies in `folder` is not fitted again. on_layer is called after each matrix. The fits are those of `fit_`, bit
-    for bit, and so are the errors. `model` is used up by it.
+    for bit, and so are the errors. `model` is used up by it. Raises `FitError` for `prefix: corrected`, which needs
+    dense and compressed weights at once.
     """
-    holders = outermost([ffn.name for ffn in plan.ffns])
-    parts = {
-        holder: replace(
-            plan,
-            swaps=tuple(swap for swap in plan.swaps if holders[swap.ffn] == holder),
-            ffns=tuple(ffn for ffn in plan.ffns if holders[ffn.name] == holder),
+    if recipe.method == "calibrated" and recipe.prefix == "corrected":
+        raise FitError(
+            "fit.prefix corrected needs the dense model in memory beside the compressed one.",
+            "Take fit.prefix: compressed, or compress, which has the model in memory.",
         )
-        for holder in holders.values()
-    }
+    parts = parts_of(plan)
     if recipe.method == "calibrated":
         return _fit_on_the_way(model, parts, batches, recipe, folder, read, on_layer)
     results = []
@@ -89,7 +86,7 @@ def _fit_on_the_way(
                 with _swapped(model, part, read) as empty:
                     shelf.bring_(model, name)
                     inputs = [each.batch for each in here.values()]
-                    send = _again(here)
+                    send = sends_again(here)
                     results += fit_(model, part, inputs, recipe, folder, on_layer, send=send)
                     for swapped, blend in blends(model).items():
                         light = recipe.prefix == "compressed"
@@ -100,11 +97,6 @@ def _fit_on_the_way(
         for each in passes:
             each.end()
     return results
-
-
-def _again(waiting: dict[int, Pass]) -> Run:
-    """Sends a batch through the module that its pass, by the batch's id, waits in front of."""
-    return lambda _, batch: waiting[id(batch)].again()
 
 
 @contextmanager

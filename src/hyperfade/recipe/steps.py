@@ -23,9 +23,10 @@ class Fit(Section):
     basis: Literal["none", "energy"] = Field(
         default="none", description="order of the FFN's hidden units before the split"
     )
-    prefix: Literal["compressed", "dense"] = Field(
+    prefix: Literal["compressed", "corrected", "dense"] = Field(
         default="compressed",
-        description="what a layer is fitted behind: the layers compressed so far, or (one pass for all) the dense ones",
+        description="what a layer is fitted behind: the layers compressed so far, these with every writer mending what "
+        "they broke (corrected), or (one pass for all) the dense ones",
     )
     refit_writer: bool = Field(
         default=True, description="with a width: solve the writer for the units that stay; false is plain pruning"
@@ -41,9 +42,11 @@ class Fit(Section):
     )
 
     @model_validator(mode="after")
-    def _basis_needs_activations(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.basis == "energy" and self.method != "calibrated":
             raise ValueError("basis 'energy' sorts by activations, which only method 'calibrated' gathers")
+        if self.prefix == "corrected" and not self.refit_writer:
+            raise ValueError("prefix 'corrected' solves every writer, which refit_writer false forbids")
         return self
 
 

@@ -42,10 +42,9 @@ def plan_lines(plan: Plan, bytes_per_parameter: int = 2) -> list[str]:
 
 def fit_text(layer: Any) -> str:
     """How one matrix came out of the fit, a `LayerFit` that has an error."""
-    return (
-        f"fit {layer.name}: {layer.label}, error {layer.error:.4f} (low-rank of the same size "
-        f"{layer.low_rank_error:.4f}), {layer.seconds:.1f} s"
-    )
+    rival = "" if layer.low_rank_error is None else f" (low-rank of the same size {layer.low_rank_error:.4f})"
+    aim = "" if layer.correction is None else f", {layer.correction:.0%} corrected for the layers before"
+    return f"fit {layer.name}: {layer.label}, error {layer.error:.4f}{rival}{aim}, {layer.seconds:.1f} s"
 
 
 def allocation_lines(allocation: dict[str, Any]) -> list[str]:
