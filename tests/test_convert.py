@@ -143,13 +143,15 @@ def test_keys_that_loading_renames_and_keys_that_nobody_wants(tmp_path: Path) ->
 
 
 def test_the_command_calibrates_as_compress_does(tmp_path: Path) -> None:
-    changes = ["fit.samples=6", "fit.batch_size=2", "fit.sweeps=1", "dtype=float32"]
+    changes = ["fit.samples=6", "fit.batch_size=2", "fit.sweeps=1", "fit.prefix=corrected", "dtype=float32"]
     changes += ["replace.rules=[{layer: null}, {last_layers: 1, layer: {n: 4}}]"]
     arguments = [part for change in changes for part in ("--set", change)]
     result = CliRunner().invoke(app, ["convert", "embedded", "--output", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 0, result.output
     assert "calibrating on 6 examples" in result.output
+    assert "compressed takes its place" in result.output  # a corrected fit needs the dense model in memory
     wanted = Recipe.load(tmp_path / "out" / "recipe.yaml")
+    wanted = wanted.model_copy(update={"fit": wanted.fit.model_copy(update={"prefix": "compressed"})})
     expected = in_memory(wanted, tmp_path / "expected", load_processor("embedded"))
     assert files(tmp_path / "out" / "model") == files(expected)
     facts = json.loads((tmp_path / "out" / "fit.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ SHIPPED = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 
 
 def test_the_four_recipes_ship() -> None:
-    assert SHIPPED == ["demo", "eighth", "half", "paper", "quarter"]
+    assert SHIPPED == ["demo", "eighth", "eighth-width", "half", "half-width", "paper", "quarter", "quarter-width"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -54,6 +54,9 @@ def test_the_shipped_sizes_are_what_their_names_say(name: str, fraction: float) 
         assert layer is not None
         assert (layer.products or 0) / (layer.n or 0) ** 2 * (layer.width or 1) == pytest.approx(fraction, abs=1e-4)
     assert replace.budget == (fraction if name == "eighth" else None)
+    plain = Recipe.load(f"{name}-width").replace
+    assert plain.language == plain.vision == Layer(kind="dense", width=fraction)
+    assert plain.budget == fraction
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "'1e-5'", "0.00001"])
@@ -179,7 +182,7 @@ def test_a_budget_that_cannot_be_distributed_is_refused(fields: dict[str, Any], 
 def test_a_file_that_is_missing_or_no_yaml_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"Cannot read recipe 'quartet'") as error:
         Recipe.load("quartet")
-    assert "demo, eighth, half, paper, quarter" in error.value.hint
+    assert "demo, eighth, eighth-width, half, half-width, paper, quarter, quarter-width" in error.value.hint
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: [1, 2", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"broken\.yaml is not YAML") as error:

@@ -105,11 +105,6 @@ def _checked(recipe: Recipe) -> tuple[PreTrainedModel, Plan, Stored, Task | None
                 f"{key} needs the whole model in memory, and convert never has it there.",
                 f"Leave out {key}, or take it away from a recipe that ships: --set {key}=null.",
             )
-    if recipe.fit.method == "calibrated" and recipe.fit.prefix == "corrected":
-        raise RecipeError(
-            "fit.prefix corrected needs the dense model in memory beside the compressed one, and convert has neither.",
-            "Take --set fit.prefix=compressed.",
-        )
     if recipe.fit.method == "random":
         raise RecipeError("fit.method random needs a training, which convert has none of.", "Take another fit.method.")
     model = skeleton(recipe.model, getattr(torch, recipe.dtype))
@@ -163,7 +158,7 @@ def _left_out_lines(source: Stored) -> list[str]:
 def _fits(recipe: Recipe, plan: Plan, source: Stored, task: Task | None, variant: Variant, say: Say) -> list[LayerFit]:
     """Fit every FFN, on what the calibration batches of `task` give it where there is one."""
     dtype = getattr(torch, recipe.dtype)
-    model, batches = skeleton(recipe.model, dtype, device()), []
+    model, batches, fit = skeleton(recipe.model, dtype, device()), [], variant.fit
     exact = model._keep_in_fp32_modules_strict or ()
 
     def read(name: str) -> Tensor:
@@ -182,10 +177,13 @@ def _fits(recipe: Recipe, plan: Plan, source: Stored, task: Task | None, variant
         for name, buffer in model.named_buffers():
             if name in source.by_name:
                 buffer.data = read(name).to(buffer.dtype)
-        batches = task.calibration_batches(recipe.fit)
+        if fit.prefix == "corrected":
+            say("fit.prefix corrected needs the dense model in memory: compressed takes its place")
+            fit = fit.model_copy(update={"prefix": "compressed"})
+        batches = task.calibration_batches(fit)
         say(f"calibrating on {sum(len(batch['input_ids']) for batch in batches)} examples, FFN by FFN")
     with clear_write_errors(recipe.output):
-        return fit_streamed(model, plan, batches, variant.fit, variant.work / "fit", read, _fit_line(plan, say))
+        return fit_streamed(model, plan, batches, fit, variant.work / "fit", read, _fit_line(plan, say))
 
 
 def _contents(model: PreTrainedModel, plan: Plan, source: Stored, variant: Variant) -> dict[str, StoredTensor | None]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_streamed import batches_of
 from tiny_models import FAMILIES
 from torch import Tensor, nn
-from toy import QUARTER, assert_same_weights, batch_of, calibration, swapped, weights
+from toy import NARROW, QUARTER, assert_same_weights, batch_of, calibration, swapped, weights
 
 from hyperfade.distill import LayerFit, calibrate, fit_, fit_streamed
 from hyperfade.distill.activations import run
@@ -19,7 +20,6 @@ from hyperfade.nn import BlendLinear, NarrowLinear
 from hyperfade.recipe import Fit, Layer, Replace
 from hyperfade.surgery import find_ffns, set_alpha_
 
-NARROW = Replace(language=Layer(kind="dense", width=0.5), vision=Layer(kind="dense", width=0.6))
 LOW_RANK = Replace(language=Layer(kind="low_rank", fraction=0.4), vision=Layer(kind="low_rank", fraction=0.4))
 CORRECTED = Fit(prefix="corrected", sweeps=3, ridge=0)
 
@@ -268,6 +268,14 @@ def test_an_interrupted_fit_continues_to_the_same_weights(choice: Replace, tmp_p
     continued, _, again = _fitted(choice, CORRECTED, folder=tmp_path)
     assert_same_weights(weights(whole), weights(continued))
     assert [(f.name, f.error, f.correction) for f in fits] == [(f.name, f.error, f.correction) for f in again]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_corrected(family: str) -> None:
+    student, _, plan = swapped(Replace(language=Layer(n=4), vision=Layer(n=4)), family)
+    fits = fit_(student, plan, batches_of(family), Fit(prefix="corrected", sweeps=1))
+    assert {fit.name for fit in fits} == {swap.name for swap in plan.swaps}
+    assert sum(fit.correction is not None for fit in fits) == len(plan.ffns)
 
 
 def test_the_model_ends_as_it_began_and_keeps_its_cache() -> None:

@@ -215,3 +215,14 @@ def test_a_mixture_is_distilled_until_only_light_experts_are_left(name: str, tmp
         number = key.index(".experts.") + len(".experts.")
         holder, _, part = key[number:].partition(".")
         assert not torch.equal(after[key], before[f"{key[:number]}{holder}.light.{part}"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_corrected_fit_takes_experts_as_they_are(name: str) -> None:
+    found = []
+    for prefix in ("compressed", "corrected"):
+        model, the_plan = swapped(name)
+        fits = fit_(model, the_plan, batches(name), Fit.model_validate({"sweeps": 2, "prefix": prefix}))
+        assert all(layer.correction is None for layer in fits)
+        found.append(weights(model))
+    assert_same_weights(*found)

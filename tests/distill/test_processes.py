@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import batch_of, calibration, swapped
-from two_processes import recipe
+from toy import NARROW, batch_of, calibration, swapped
+from two_processes import CORRECTED, fitted_weights, recipe
 
-from hyperfade.distill import Halving, distill_, latest_step, read_faults
+from hyperfade.distill import Halving, distill_, fit_, latest_step, read_faults
 from hyperfade.distill.activations import second_moments, sensitivities
 from hyperfade.processes import share_of, sum_
 from hyperfade.surgery import blends
@@ -96,6 +96,15 @@ def test_calibration_over_shares_is_calibration_over_all(runs: Path) -> None:
     linears = {name: blend.dense for name, blend in layers.items()}
     for name, value in sensitivities(student, linears, calibration(3)).items():
         assert found[name].item() == pytest.approx(value, rel=1e-5)  # observed 2e-16
+
+
+def test_a_corrected_fit_over_shares_is_the_one_over_all(runs: Path) -> None:
+    student, _, plan = swapped(NARROW)
+    corrections = [fit.correction for fit in fit_(student, plan, calibration(5), CORRECTED) if fit.correction]
+    assert corrections  # observed two of five: nothing lies before the first layers
+    found = load_file(runs / "corrected.safetensors")
+    for name, weight in fitted_weights(student).items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_one_process_alone_has_everything_and_sums_nothing() -> None:

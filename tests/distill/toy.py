@@ -12,6 +12,7 @@ from hyperfade.recipe import Layer, Replace, Train
 from hyperfade.surgery import Plan, plan, swap_
 
 QUARTER = Replace(language=Layer(n=4), vision=Layer(n=4))
+NARROW = Replace(language=Layer(kind="dense", width=0.5), vision=Layer(kind="dense", width=0.6))
 HALF = Replace(language=Layer(n=4, products=8), vision=Layer(n=2))
 
 

@@ -83,7 +83,8 @@ def demo(
 
 def recipe(
     name: Annotated[
-        str, typer.Argument(help="A YAML file, or a recipe that ships: half, quarter, eighth, paper, demo.")
+        str,
+        typer.Argument(help="A YAML file, or one that ships: half, quarter, eighth (also with -width), paper, demo."),
     ] = "quarter",
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its meaning and default instead.")] = False,
 ) -> None:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from hyperfade.recipe import Recipe
 
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="A YAML file, or a recipe that ships: half, quarter, eighth, paper, demo.")
+    str,
+    typer.Option(
+        "--recipe", "-r", help="A YAML file, or one that ships: half, quarter, eighth (also with -width), paper, demo."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Change one key, e.g. --set train.polish_steps=500. Repeatable.")

@@ -28,7 +28,7 @@ from hyperfade.algebra import SecondMoment, in_float64, ridge_, solve_psd
 from hyperfade.distill.activations import Batch, Reached, Run, input_hooks, real_rows
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear
-from hyperfade.processes import sum_
+from hyperfade.processes import join, sum_
 
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 Aim = Callable[[Batch], Tensor]
@@ -64,7 +64,7 @@ def corrected_writer(
     moments = [SecondMoment(hidden, whole.device) for _ in range(2)]
     crosses = [torch.zeros(k, hidden, dtype=torch.float64, device=whole.device) for _ in range(2)]
     wanted_energy = torch.zeros(1, dtype=torch.float64)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(batches, start=_before(len(batches))):
         read: list[Tensor] = []
 
         def look(_: nn.Module, args: tuple[Tensor, ...], into: list[Tensor] = read) -> None:
@@ -106,6 +106,14 @@ def corrected_writer(
         math.sqrt(max(left, 0.0) / wanted) if wanted else 0.0,
         math.sqrt(written / wanted) if wanted else 0.0,
     )
+
+
+def _before(batches: int) -> int:
+    """How many batches earlier processes have, so that the halves are the same however many there are."""
+    counts = torch.zeros(join().num_processes)
+    counts[join().process_index] = batches
+    sum_([counts])
+    return round(counts[: join().process_index].sum().item())
 
 
 def _tried(halves: Sequence[Tensor], slopes: Sequence[Tensor]) -> tuple[float, float]:

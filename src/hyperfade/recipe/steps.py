@@ -46,7 +46,9 @@ class Fit(Section):
         if self.basis == "energy" and self.method != "calibrated":
             raise ValueError("basis 'energy' sorts by activations, which only method 'calibrated' gathers")
         if self.prefix == "corrected" and not self.refit_writer:
-            raise ValueError("prefix 'corrected' solves every writer, which refit_writer false forbids")
+            raise ValueError(
+                "prefix 'corrected' solves every writer, which refit_writer false forbids: take prefix 'compressed'"
+            )
         return self
 
 
