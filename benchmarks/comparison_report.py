@@ -31,6 +31,7 @@ LEFT_OUT_IN_SHORT = ("products", "generic", "products + companion")  # behind at
 _COLORS = (
     *("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf"),
     *("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#bcbd22", "#000000"),
+    *("#aec7e8", "#ffbb78", "#98df8a", "#c5b0d5"),
 )
 
 Kept = dict[str, dict[str, Any]]
@@ -66,6 +67,7 @@ def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
             "decode",
             "fit",
             "training",
+            "rate (tried)",
         ),
     ]
     rows = [
@@ -85,9 +87,14 @@ def comparison_table(kept: dict[str, Any], fraction: float | None) -> str:
                     *(_millions(cell), _megabytes(cell)),
                     *(ratio(cell[f"{part}_speedup"]) for part in ("prefill", "decode")),
                     *(f"{cell[f'{part}_seconds']:.0f} s" for part in ("fit", "train")),
+                    f"{cell['learning_rate']:g} ({_rates_tried(kept['cells'], cell)})",
                 ]
             )
     return table(header, rows)
+
+
+def _rates_tried(cells: dict[str, Any], one: dict[str, Any]) -> int:
+    return sum((cell["method"], cell["fraction"]) == (one["method"], one["fraction"]) for cell in cells.values())
 
 
 def perplexity_table(kept: dict[str, Any]) -> str:
@@ -198,14 +205,13 @@ def _ffn_part(kept: dict[str, Any]) -> list[str]:
 
 def _reference_part(kept: dict[str, Any]) -> list[str]:
     settings, present = kept["settings"], {cell["fraction"] for cell in kept["cells"].values()}
-    rates = sorted({cell["learning_rate"] for cell in kept["cells"].values() if cell["learning_rate"]})
     parts = [
         "## The reference model",
         f"A LLaVA of a pretrained ViT-S and SmolLM2-135M ([benchmarks/reference](../benchmarks/reference)). Every "
         f"cell: {settings['steps']} steps of {settings['batch_size']} samples after a fit on "
         f"{settings['calibration']}, with KL to the dense model and cross-entropy; {settings['examples']} unseen test "
-        f"examples. Learning rates tried: {', '.join(f'{rate:g}' for rate in rates)}; of a method's cells the one with "
-        f"the lowest training loss is shown. Brackets hold 95 % intervals; * marks a score whose paired difference "
+        f"examples. Of the learning rates that were tried for a row, in brackets how many, the one with the lowest "
+        f"training loss is shown. Other brackets hold 95 % intervals; * marks a score whose paired difference "
         f"from the dense model's has an interval without zero. Before and after training, on the answer tokens of "
         f"{EXAMPLES} test examples with the true tokens before them: how often the most likely next token is the dense "
         f"model's, and the KL from it in nats. Speed: bfloat16, one prompt with an image, medians and quartiles "

@@ -150,7 +150,8 @@ def main() -> None:
         for fraction in args.fractions:
             for method, fields in methods(fraction).items():
                 name = f"layer {layer}, {method} at {fraction:g}"
-                if name not in cells and "budget" not in fields["replace"]:  # one FFN has nothing to share
+                alone = "budget" not in fields["replace"] and "prefix" not in fields.get("fit", {})
+                if name not in cells and alone:  # one FFN has nothing to share, and nothing before it
                     identity = {"layer": layer, "method": method, "fraction": fraction}
                     cells[name] = identity | cell(mlp, fields, seen, held_out, args)
                     write_json(args.results, kept)

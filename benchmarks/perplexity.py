@@ -61,7 +61,7 @@ def compressed(
     dense_parameters = sum(model.get_submodule(name).weight.numel() for name in matrices)
     model.requires_grad_(False)
     swap_(model, chosen)
-    recipe = Fit(prefix="dense", sweeps=6, ridge=1e-4, **fields.get("fit", {}))
+    recipe = Fit(**{"prefix": "dense", "sweeps": 6, "ridge": 1e-4, **fields.get("fit", {})})
     fit_(model, chosen, calibration, recipe, moments=moments)
     fit_seconds = time.perf_counter() - began
     set_alpha_(model, 1.0)

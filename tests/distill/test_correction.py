@@ -11,10 +11,11 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 from toy import NARROW, QUARTER, assert_same_weights, batch_of, calibration, swapped, weights
 
-from hyperfade.distill import LayerFit, calibrate, fit_, fit_streamed
+from hyperfade.distill import LayerFit, beside, calibrate, fit_, fit_streamed
 from hyperfade.distill.activations import run
-from hyperfade.distill.correction import Corrected, corrected_writer
+from hyperfade.distill.correction import Aim, Corrected, corrected_writer
 from hyperfade.distill.landing import landings
+from hyperfade.distill.passes import Pass
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear, NarrowLinear
 from hyperfade.recipe import Fit, Layer, Replace
@@ -41,45 +42,82 @@ class _Reader(nn.Module):
         return self.writer(h)
 
 
-def _corrected(noise: float, change: float, batches: int = 4, bias: bool = True) -> tuple[Corrected, Tensor, Any]:
-    """The correction of a writer whose aim is (W + change · R) h + bias + noise; W + change · R; and all tokens."""
+def _corrected(
+    noise: float, change: float, batches: int = 4, bias: bool = True, scale: Tensor | None = None
+) -> tuple[Corrected, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The correction of a writer aimed at γ ⊙ ((W + change · R) h + bias) + noise; W + change · R; and of all tokens
+    h, the aim without the bias, and W."""
     model = _Reader(bias).double()
-    dense = model.writer.dense
-    true = dense.weight.detach() + change * torch.randn(K, HIDDEN, dtype=torch.float64)
+    dense, gamma = model.writer.dense, torch.ones(K) if scale is None else scale
+    weight = dense.weight.detach()
+    true = weight + change * torch.randn(K, HIDDEN, dtype=torch.float64)
     inputs = [torch.randn(2, TOKENS // 2, HIDDEN, dtype=torch.float64) for _ in range(batches)]
-    aims = {
-        id(h): h @ true.T + (dense.bias.detach() if bias else 0) + noise * torch.randn(2, TOKENS // 2, K)
-        for h in inputs
-    }
-    sent = [{"h": h} for h in inputs]
-    found = corrected_writer(model, "writer", model.writer, sent, 0, run, lambda batch: aims[id(batch["h"])])
-    y = torch.cat([aims[id(h)] - (dense.bias.detach() if bias else 0) for h in inputs]).reshape(-1, K)
-    return found, true, (torch.cat(inputs).reshape(-1, HIDDEN), y, dense.weight.detach())
+    wanted = [gamma * (h @ true.T) + noise * torch.randn(2, TOKENS // 2, K) for h in inputs]
+    offset = gamma * dense.bias.detach() if bias else 0
+    added = {id(h): u + offset for h, u in zip(inputs, wanted, strict=True)}
+    aim = Aim(lambda batch: added[id(batch["h"])], scale)
+    found = corrected_writer(model, "writer", model.writer, [{"h": h} for h in inputs], 0, run, aim)
+    return found, true, (torch.cat(inputs).reshape(-1, HIDDEN), torch.cat(wanted).reshape(-1, K), weight)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_aim_that_can_be_reached_is_reached(bias: bool) -> None:
     found, true, _ = _corrected(noise=0, change=1, bias=bias)
-    assert found.share == pytest.approx(1, abs=1e-5)  # observed 1 - 1e-6: the smallest damping, squared
-    torch.testing.assert_close(found.writer, true, rtol=0, atol=2e-2)  # observed 4e-3, the smallest damping
-    assert found.lost < 5e-3  # observed 1e-3
+    assert found.share == pytest.approx(1, abs=1e-5)  # observed 1
+    torch.testing.assert_close(found.writer, true, rtol=0, atol=2e-2)  # observed 3e-3, by the smallest damping
+    assert found.error(found.writer) < 5e-3  # observed 1e-3
 
 
 def test_noise_is_not_learnt_by_heart() -> None:
     """With 100 tokens to a half and an aim that is W h and noise, least squares would fit 7 % of the noise."""
     found, true, (h, y, _) = _corrected(noise=1, change=0, batches=2)
     lstsq = torch.linalg.lstsq(h, y).solution.T
-    assert (found.writer - true).norm() < 0.5 * (lstsq - true).norm()  # observed 0
-    assert found.share < 0.5  # observed 0
+    assert (found.writer - true).norm() < 0.5 * (lstsq - true).norm()  # observed 0.12
+    assert found.share < 0.5  # observed 0.12
 
 
-def test_what_is_lost_and_kept_are_measured_on_all_tokens() -> None:
-    found, _, (h, y, _) = _corrected(noise=0.5, change=0.3)
-    assert 0.5 < found.share <= 1  # observed 0.97
-    assert found.lost == pytest.approx(((y - h @ found.writer.T).norm() / y.norm()).item(), rel=1e-9)  # 3e-16
-    assert found.kept == pytest.approx(((h @ found.writer.T).norm() / y.norm()).item(), rel=1e-9)  # 2e-16
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.5, 2.0, -1.0, 1e-3, 0.0], dtype=torch.float64)])
+def test_errors_are_those_of_what_reaches_the_stream(scale: Tensor | None) -> None:
+    found, _, (h, u, w) = _corrected(noise=0.5, change=0.3, scale=scale)
+    assert 0.5 < found.share <= 1  # observed 0.98 and 0.99
+    gamma = torch.ones(K) if scale is None else scale
+    for writer in (found.writer, w, torch.randn(K, HIDDEN, dtype=torch.float64)):
+        expected = (u - gamma * (h @ writer.T)).norm() / u.norm()
+        assert found.error(writer) == pytest.approx(expected.item(), rel=1e-9)  # observed 1e-15
+    assert found.error(found.writer) < found.error(w)
     torch.testing.assert_close(found.moment, h.T @ h / len(h), rtol=1e-12, atol=1e-12)
-    assert found.error(0.0) == found.lost
+    assert torch.equal(found.writer[gamma == 0], w[gamma == 0])  # what adds nothing stays as it was
+
+
+def test_a_unit_that_never_fires_keeps_its_weights() -> None:
+    model = _Reader(bias=False).double()
+    sent = [{"h": torch.randn(30, HIDDEN, dtype=torch.float64)} for _ in range(2)]
+    for batch in sent:
+        batch["h"][:, 3] = 0
+    aim = Aim(lambda batch: batch["h"][:, :K] * 2)
+    found = corrected_writer(model, "writer", model.writer, sent, 0, run, aim)
+    assert torch.equal(found.writer[:, 3], model.writer.dense.weight.detach()[:, 3])
+    assert found.error(found.writer) < 5e-3  # observed 1e-3
+
+
+def test_padding_counts_nothing() -> None:
+    """Rows that the mask leaves out may hold anything, in what is read and in what is aimed at."""
+    model = nn.Module()
+    model.language_model = _Reader(bias=True).double()
+    model.forward = lambda h, attention_mask: model.language_model(h)  # type: ignore[method-assign]
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    found = []
+    for padding in (0.0, 1e6):
+        torch.manual_seed(0)
+        sent = [{"h": torch.randn(2, 4, HIDDEN, dtype=torch.float64), "attention_mask": mask} for _ in range(9)]
+        wanted = {id(batch["h"]): torch.randn(2, 4, K, dtype=torch.float64) for batch in sent}
+        for batch in sent:
+            batch["h"][mask == 0] = wanted[id(batch["h"])][mask == 0, :1] = padding
+        aim = Aim(lambda batch, wanted=wanted: wanted[id(batch["h"])])
+        writer = model.language_model.writer
+        found.append(corrected_writer(model, "language_model.writer", writer, sent, 0, run, aim))
+    assert torch.equal(found[0].writer, found[1].writer)
+    assert found[0].error(found[0].writer) == found[1].error(found[1].writer)
 
 
 def test_the_share_is_what_pays_on_the_other_half() -> None:
@@ -96,7 +134,7 @@ def test_the_share_is_what_pays_on_the_other_half() -> None:
                 change = torch.linalg.solve(gram + damping * gram.diagonal().diag(), h.T @ (y - h @ w.T)).T
                 error += (other_y - other_h @ (w + share * change).T).square().sum().item()
             best = min(best, (error, share))
-    assert 0.05 < best[1] < 1  # observed 0.61
+    assert 0.05 < best[1] < 1  # observed 0.49
     assert found.share == pytest.approx(best[1], abs=0.003)
 
 
@@ -110,7 +148,7 @@ def test_numbers_that_are_not_finite_are_named() -> None:
     model = _Reader(bias=False).double()
     sent = [{"h": torch.randn(3, HIDDEN, dtype=torch.float64)}]
     with pytest.raises(FitError, match=r"^writer: .*not finite"):
-        corrected_writer(model, "writer", model.writer, sent, 0, run, lambda batch: torch.full((3, K), torch.inf))
+        corrected_writer(model, "writer", model.writer, sent, 0, run, Aim(lambda batch: torch.full((3, K), torch.inf)))
 
 
 # --- landings ---------------------------------------------------------------------------------------------------------
@@ -189,18 +227,16 @@ def test_scales_are_found_and_other_ends_are_not_taken_for_a_stream(end: str) ->
 
 
 @torch.no_grad()
-def _streams(model: Any) -> list[Tensor]:
-    """What the language model's layers make of the calibration batches, padding left out."""
-    streams = []
-    for batch in calibration(4):
-        states = model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True).hidden_states
-        streams.append(torch.stack(states)[:, batch["attention_mask"].bool()])
-    return [torch.cat(parts) for parts in zip(*streams, strict=True)]
+def _stream(model: Any) -> Tensor:
+    """What the last language layer gives out for examples that no fit has seen, padding left out: (tokens, width)."""
+    batch = batch_of(range(100, 140))
+    states = model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True).hidden_states
+    return states[-2][batch["attention_mask"].bool()]
 
 
 def _fitted(choice: Replace, recipe: Fit, **options: Any) -> tuple[Any, Any, list[LayerFit]]:
     student, teacher, plan = swapped(choice)
-    fits = fit_(student, plan, calibration(4), recipe, **options)
+    fits = fit_(student, plan, calibration(8), recipe, **options)
     return student, teacher, fits
 
 
@@ -210,11 +246,16 @@ def test_a_corrected_fit_leaves_the_stream_nearer_to_the_dense_models(choice: Re
     for prefix in ("compressed", "corrected"):
         student, teacher, fits = _fitted(choice, CORRECTED.model_copy(update={"prefix": prefix}))
         set_alpha_(student, 1.0)
-        errors[prefix] = _relative(_streams(teacher)[-2], _streams(student)[-2])
+        errors[prefix] = _relative(_stream(teacher), _stream(student))
         corrections = [fit.correction for fit in fits if fit.correction is not None]
         assert len(corrections) == (0 if prefix == "compressed" else 5)
-    # observed 0.2698 for 0.2706, 0.477 for 0.520, 0.525 for 0.617
+    # observed 0.3248 for 0.3263 (little is broken there), 0.556 for 0.572, 0.591 for 0.672
     assert errors["corrected"] < errors["compressed"]
+
+
+def _passes() -> list[threading.Thread]:
+    """Passes that wait for ever."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, Pass)]
 
 
 def _relative(wanted: Tensor, given: Tensor) -> float:
@@ -226,7 +267,7 @@ def test_a_writer_is_aimed_at_what_its_layer_gives_out_in_the_dense_model(monkey
     aims: dict[str, list[Tensor]] = {}
 
     def spy(model: Any, name: str, writer: Any, batches: Any, ridge: float, send: Any, aim: Any) -> Any:
-        aims[name.partition(".mlp")[0]] = [aim(batch) for batch in batches]
+        aims[name.partition(".mlp")[0]] = [aim.added(batch) for batch in batches]
         return corrected_writer(model, name, writer, batches, ridge, send, aim)
 
     monkeypatch.setattr(calibrate, "corrected_writer", spy)
@@ -264,7 +305,7 @@ def test_an_interrupted_fit_continues_to_the_same_weights(choice: Replace, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         _fitted(choice, CORRECTED, folder=tmp_path, on_layer=stop)
-    assert threading.active_count() == 1  # no pass waits for ever
+    assert not _passes()
     continued, _, again = _fitted(choice, CORRECTED, folder=tmp_path)
     assert_same_weights(weights(whole), weights(continued))
     assert [(f.name, f.error, f.correction) for f in fits] == [(f.name, f.error, f.correction) for f in again]
@@ -309,4 +350,63 @@ def test_what_no_batch_reaches_is_named() -> None:
     ]
     with pytest.raises(FitError, match=r"never reaches .*vision"):
         fit_(student, plan, words, CORRECTED)
-    assert threading.active_count() == 1
+    assert not _passes()
+
+
+def test_a_batch_that_fails_leaves_no_pass_behind() -> None:
+    student, _, plan = swapped(LOW_RANK)
+    batches = calibration(3)
+    batches[1] |= {"pixel_values": torch.zeros(1)}
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        fit_(student, plan, batches, CORRECTED)
+    assert not _passes()
+    assert not any("forward" in module.__dict__ for module in student.modules())
+
+
+def test_no_batches_are_refused() -> None:
+    student, _, plan = swapped(LOW_RANK)
+    with pytest.raises(FitError, match="needs calibration batches"):
+        fit_(student, plan, [], CORRECTED)
+
+
+def test_a_model_that_runs_a_tower_twice_is_told_what_to_take() -> None:
+    student, _, plan = swapped(LOW_RANK)
+    forward = student.forward
+
+    def twice(**inputs: Any) -> Any:
+        forward(**inputs)
+        return forward(**inputs)
+
+    student.forward = twice
+    with pytest.raises(FitError, match="more than once") as error:
+        fit_(student, plan, calibration(2), CORRECTED)
+    assert "compressed" in error.value.hint
+    assert not _passes()
+
+
+def test_nothing_is_kept_of_layers_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    watches: list[Any] = []
+    real = beside._Watch.__exit__
+    monkeypatch.setattr(beside._Watch, "__exit__", lambda self, *error: (watches.append(self), real(self, *error))[1])
+    student, _, plan = swapped(LOW_RANK)
+    fit_(student, plan, calibration(2), CORRECTED)
+    assert len(watches) == 1
+    assert watches[0]._given == watches[0]._made == {}
+
+
+@pytest.mark.parametrize("which", ["writers", "readers"])
+def test_an_ffn_may_be_replaced_in_part(which: str) -> None:
+    """With a dense writer there is nothing to aim."""
+    left = ["*fc1", "*gate_proj", "*up_proj"] if which == "writers" else ["*fc2", "*down_proj"]
+    student, _, plan = swapped(LOW_RANK.model_copy(update={"exclude": tuple(left)}))
+    fits = fit_(student, plan, calibration(2), CORRECTED)
+    assert len(fits) == len(plan.swaps)
+    assert sum(fit.correction is not None for fit in fits) == (len(plan.ffns) if which == "writers" else 0)
+
+
+def test_sorted_units_and_bfloat16_go_with_it() -> None:
+    student, _, plan = swapped(QUARTER)
+    batches = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in b.items()} for b in calibration(4)]
+    fits = fit_(student.bfloat16(), plan, batches, CORRECTED.model_copy(update={"basis": "energy"}))
+    assert sum((fit.correction or 0) > 0 for fit in fits) == len(plan.ffns)
+    assert all(0 < (fit.error or 0) < 1 for fit in fits)

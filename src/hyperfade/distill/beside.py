@@ -16,6 +16,7 @@ from hyperfade.distill.activations import Batch, Run
 from hyperfade.distill.correction import Aim
 from hyperfade.distill.landing import Landing, first_tensor, landings
 from hyperfade.distill.passes import Pass, parts_of, sends_again, stops
+from hyperfade.errors import FitError
 from hyperfade.surgery import Plan, blends
 
 Stop = tuple[Plan, list[Batch], Run, Callable[[str], Aim | None]]
@@ -24,20 +25,26 @@ Stop = tuple[Plan, list[Batch], Run, Callable[[str], Aim | None]]
 
 def beside(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Generator[Stop, None, None]:
     """Every part of `plan` in the order in which the first of `batches` meets them, to be fitted before the next is
-    asked for. `model` is swapped, in evaluation mode, with every α at 0; what has been fitted is left at 1.
+    asked for. `model` is swapped, in evaluation mode, with every α at 0; passes leave a part with its α at 1.
 
-    What no batch meets is not given out.
+    What no batch meets is not given out. Raises `FitError` where there are no batches, or a module is met twice.
     """
+    if not batches:
+        raise FitError("A calibrated fit needs calibration batches, got none.", "Give data, or lower fit.batch_size.")
     left, layers = parts_of(plan), blends(model)
-    landed = landings(model, plan.ffns, batches[0]) if batches else {}
+    landed = landings(model, plan.ffns, batches[0])
     compressed, dense = ([Pass(model, dict(batch)) for batch in batches] for _ in range(2))
     own = {id(light.batch): (light, other) for light, other in zip(compressed, dense, strict=True)}
     try:
-        with _without_cache(model), stops(model, left), _Watch(model, landed) as watch:
+        with _without_cache(model), stops(model, left), _Watch(model, landed, dense) as watch:
             for each in (*dense, *compressed):
                 each.go_on()
-            while compressed and compressed[0].at in left:
-                name = compressed[0].at
+            while (name := compressed[0].at) is not None:
+                if name not in left:
+                    raise FitError(
+                        f"{name} runs more than once in a pass, the second time after it was fitted.",
+                        "Take fit.prefix: compressed.",
+                    )
                 part, here = left.pop(name), [each for each in compressed if each.at == name]
                 for each in here:
                     own[id(each.batch)][1].go_on()
@@ -45,27 +52,30 @@ def beside(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Generator[
                 yield part, [each.batch for each in here], send, lambda ffn: watch.aim(ffn, own)
                 for swap in part.swaps:
                     layers[swap.name].alpha = 1.0
-                watch.forget([ffn.name for ffn in part.ffns])
                 for each in here:
                     each.go_on()
+                watch.forget([ffn.name for ffn in part.ffns])
     finally:
         for each in (*dense, *compressed):
             each.end()
 
 
 class _Watch:
-    """Keeps, of every pass and around every FFN that has landed, what its entry was given and its layer gave out."""
+    """Keeps around every FFN that has landed what its entry was given in compressed passes, and what its layer gave out
+    in dense ones."""
 
-    def __init__(self, model: nn.Module, landed: dict[str, Landing]) -> None:
-        self._model, self._landed = model, landed
+    def __init__(self, model: nn.Module, landed: dict[str, Landing], dense: Sequence[Pass]) -> None:
+        self._model, self._landed, self._dense = model, landed, set(dense)
         self._given: dict[tuple[str, Any], Tensor] = {}
         self._made: dict[tuple[str, Any], Tensor] = {}
 
     def __enter__(self) -> "_Watch":
         def keep(into: dict[tuple[str, Any], Tensor], ffn: str, *values: Any) -> None:
-            tensor = first_tensor(*values)
-            assert tensor is not None
-            into[ffn, threading.current_thread()] = tensor
+            current = threading.current_thread()
+            if (current in self._dense) == (into is self._made):
+                tensor = first_tensor(*values)
+                assert tensor is not None
+                into[ffn, current] = tensor
 
         self._handles = []
         for ffn, landing in self._landed.items():
@@ -83,17 +93,16 @@ class _Watch:
             handle.remove()
 
     def aim(self, ffn: str, own: dict[int, tuple[Pass, Pass]]) -> Aim | None:
-        """y* of `ffn`'s writer, batch by batch; None where its output's landing is unknown."""
+        """What `ffn`'s writer ought to add, batch by batch; None where its output's landing is unknown."""
         landing = self._landed.get(ffn)
         if landing is None:
             return None
 
-        def wanted(batch: Batch) -> Tensor:
+        def added(batch: Batch) -> Tensor:
             light, other = own[id(batch)]
-            missing = self._made[ffn, other].float() - self._given[ffn, light].float()
-            return missing if landing.scale is None else missing / landing.scale.float()
+            return self._made[ffn, other].float() - self._given[ffn, light].float()
 
-        return wanted
+        return Aim(added, landing.scale)
 
     def forget(self, ffns: Sequence[str]) -> None:
         """Give up what is kept of these."""

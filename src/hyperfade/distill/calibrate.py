@@ -151,8 +151,10 @@ def _fit_ffn(
     whole = {name: blend.dense.weight for name, blend in mine.items()}
     if narrow:
         hidden = _whole(moment_of(ffn.writer))
-        rivals[ffn.writer] = low_rank(whole[ffn.writer], matched_low_rank(swaps[ffn.writer]), hidden, ridge=0)
+        if aim is None:  # a corrected writer's rival would need what all units could do about the stream
+            rivals[ffn.writer] = low_rank(whole[ffn.writer], matched_low_rank(swaps[ffn.writer]), hidden, ridge=0)
         order, lost = _narrow_(ffn, mine, swaps[ffn.writer].spec.in_features, hidden, recipe)
+        del hidden
     results = []
     for group in (ffn.readers, (ffn.writer,)):
         group = [name for name in group if name in mine]
@@ -171,15 +173,15 @@ def _fit_ffn(
                     one = None if moment is None else _whole(moment)
                     weight = corrected.writer if corrected else blend.dense.weight
                     if name not in rivals:
-                        wide = corrected.writer if corrected else whole[name]
+                        wide = weight if corrected else whole[name]
                         rivals[name] = low_rank(wide, matched_low_rank(swaps[name]), one, ridge=0)
                     rival_error, spec = rivals[name].error, swaps[name].spec
                     error, sweeps = fit_matrix(weight, blend.light, spec, rivals[name], one, recipe)
             except FitError as failure:
                 raise FitError(f"{name}: {failure.message}", failure.hint) from failure
             if corrected:
-                error = corrected.error(error)
-                rival_error = None if narrow else corrected.error(rival_error)
+                error = corrected.error(blend.light.weight)
+                rival_error = None if narrow else corrected.error(rivals[name].dense())
             elif name == ffn.writer:  # what units that are gone did cannot be won back: the two errors add up, exactly
                 # so where the writer was refitted, because then what they leave is orthogonal to the units that stay
                 error = math.hypot(lost, error * math.sqrt(max(0.0, 1 - lost**2)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.distill.activations import Batch, run
+from hyperfade.processes import join, sum_
 from hyperfade.surgery import FFN
 
 
@@ -42,34 +43,38 @@ def first_tensor(*values: Any) -> Tensor | None:
 
 
 def landings(model: nn.Module, ffns: Sequence[FFN], batch: Batch) -> dict[str, Landing]:
-    """The `Landing` of every one of `ffns` that has one and that `batch` reaches, by the FFN's name. Experts have
-    none."""
+    """The `Landing` of every one of `ffns` that has one and that `batch` reaches, in every process, by the FFN's name.
+    Experts and projectors have none."""
     found: dict[str, Landing] = {}
     modules = dict(model.named_modules())
     around: dict[str, list[FFN]] = {}  # by what may be the layer: the module that holds the FFN, or the one around it
     for ffn in ffns:
         for layer in {ffn.name, ffn.name.rpartition(".")[0]} - {""}:
-            if not ffn.experts and ffn.readers and not isinstance(modules[layer], nn.ModuleList):
+            within = sum(other.name.startswith(f"{layer}.") for other in ffns)
+            layered = ffn.readers and not ffn.experts and ffn.region != "projector" and within <= 1
+            if layered and not isinstance(modules[layer], nn.ModuleList):
                 around.setdefault(layer, []).append(ffn)
     calls: dict[str, list[_Call]] = {layer: [] for layer in around}
 
     def note(name: str, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         given, made = first_tensor(args, *kwargs.values()), first_tensor(output)
-        if given is None or made is None:
-            return
-        for layer, own in calls.items():
-            if name.startswith(f"{layer}."):
-                own.append(_Call(name, given, made))
-        for ffn in around.get(name, ()):
-            landing = _landing(modules, name, made, calls[name], ffn)
-            if landing is not None:
-                found.setdefault(ffn.name, landing)
+        if given is not None and made is not None:
+            for layer, own in calls.items():
+                if name.startswith(f"{layer}."):
+                    own.append(_Call(name, given, made))
+            for ffn in around.get(name, ()):
+                landing = _landing(modules, name, made, calls[name], ffn)
+                if landing is not None:
+                    found.setdefault(ffn.name, landing)
         if name in calls:
             calls[name].clear()
 
     with _noting(modules, list(around), note):
         run(model, batch)
-    return found
+    agreed = torch.tensor([float(ffn.name in found) for ffn in ffns])
+    sum_([agreed])
+    everywhere = {ffn.name for ffn, times in zip(ffns, agreed.tolist(), strict=True) if times == join().num_processes}
+    return {name: landing for name, landing in found.items() if name in everywhere}
 
 
 @contextmanager
@@ -102,7 +107,8 @@ def _landing(
     scaled, scales = y, list[nn.Module]()
     while True:
         for entry in entries:
-            if torch.equal(out, entry.given.view_as(out) + scaled.view_as(out)):
+            ended = entry.given.reshape(out.shape) + scaled.reshape(out.shape)
+            if torch.allclose(out, ended, rtol=0, atol=0, equal_nan=True):  # padding may hold anything
                 scale = _scale(scales, y) if scales else None
                 return Landing(entry.module, layer, scale) if scale is not None or not scales else None
         following = next((c for c in calls if _same(c.given, scaled) and not _same(c.made, scaled)), None)

@@ -30,6 +30,7 @@ class Pass(threading.Thread):
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__(daemon=True)
         self.at: str | None = None
+        self._over = False
         self._model, self.batch = model, batch
         self._orders: SimpleQueue[Order] = SimpleQueue()
         self._reports: SimpleQueue[str | BaseException | None] = SimpleQueue()
@@ -45,12 +46,13 @@ class Pass(threading.Thread):
 
     def end(self) -> None:
         """Leave the rest of the model alone."""
-        if self.at is not None:
+        if not self._over:
             self._command("end")
 
     def _command(self, order: Order) -> None:
         self._orders.put(order)
         report = self._reports.get()
+        self._over = report is None or isinstance(report, BaseException)
         if isinstance(report, BaseException):
             self.at = None
             raise report
@@ -58,9 +60,10 @@ class Pass(threading.Thread):
 
     def run(self) -> None:
         """The thread's work."""
-        self._orders.get()
         try:
             with torch.no_grad(), suppress(Reached):
+                if self._orders.get() == "end":
+                    raise Reached
                 send(self._model, self.batch)
             self._reports.put(None)
         except BaseException as error:  # noqa: BLE001 (raised where the pass was sent on)
@@ -80,6 +83,7 @@ def stops(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Let every `Pass` through `model` wait in front of these modules; of what has another's place since, the new one
     runs."""
     modules = {name: model.get_submodule(name) for name in names}
+    own = {name: module.__dict__["forward"] for name, module in modules.items() if "forward" in module.__dict__}
 
     def stopping(name: str, module: nn.Module, forward: Any) -> Any:
         def waits(*args: Any, **kwargs: Any) -> Any:
@@ -101,8 +105,10 @@ def stops(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            if name in own:
+                module.forward = own[name]
 
 
 def sends_again(waiting: Mapping[int, Pass]) -> Run:

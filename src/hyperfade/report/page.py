@@ -32,6 +32,7 @@ def read_metrics(work: Path) -> list[dict[str, float]]:
 def _page(results: dict[str, Any]) -> str:
     layers = "\n".join(
         f"| {layer['name']} | {layer['label']} | {_error(layer['error'])} | {_error(layer['low_rank_error'])} |"
+        f" {_share(layer.get('correction'))} |"
         for layer in results["layers"]
     )
     hardly_reached = "".join(
@@ -76,12 +77,13 @@ def _page(results: dict[str, Any]) -> str:
 {faults}
 ## The fit, matrix by matrix
 
-Relative output error before any training, beside whitened low-rank of the same size.
+Relative output error before any training, beside whitened low-rank of the same size. A corrected writer is aimed at
+more than the dense one's output, at what mends the layers before it as well: its error is relative to that, and larger.
 
 ![error per layer](plots/layers.png)
 
-| matrix | becomes | error | low-rank |
-|---|---|---|---|
+| matrix | becomes | error | low-rank | corrected |
+|---|---|---|---|---|
 {layers}
 
 {hardly_reached}{allocations}## Samples left out
@@ -135,3 +137,7 @@ def _quality_table(task: str, models: dict[str, Any]) -> str:
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

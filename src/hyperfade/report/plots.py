@@ -42,7 +42,7 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> None:
     figure, (axes,) = _figure(8, 1 + 0.28 * max(len(fitted), 4))
     rows = range(len(fitted))
     axes.barh([r - 0.2 for r in rows], [layer["error"] for layer in fitted], 0.4, label="hyperfade")
-    rivals = [layer["low_rank_error"] or 0 for layer in fitted]
+    rivals = [math.nan if layer["low_rank_error"] is None else layer["low_rank_error"] for layer in fitted]
     axes.barh([r + 0.2 for r in rows], rivals, 0.4, label="low-rank, same size")
     axes.set_yticks(list(rows), [layer["name"].removeprefix("model.") for layer in fitted], fontsize=7)
     axes.invert_yaxis()
