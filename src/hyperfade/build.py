@@ -66,7 +66,7 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     layers = fit_(student, the_plan, batches, variant.fit, variant.work / "fit", _fit_line(variant, say))
     if variant.fit.prefix == "corrected":
         writers = sum(layer.correction is not None for layer in layers)
-        say(f"[{variant.name}] {writers} of {len(the_plan.ffns)} FFNs were corrected for the layers before them")
+        say(f"[{variant.name}] {writers} of {len(the_plan.ffns)} FFNs were aimed at the dense model's residual stream")
     del batches  # nothing else needs their memory
     choose_trained_(student, train)
     lengths = f"{train.fade_steps} steps of fade, {train.polish_steps} of polish"
