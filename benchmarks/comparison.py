@@ -30,6 +30,8 @@ RESULTS = Path(__file__).parent / "results" / "comparison.json"
 FRACTIONS = (0.5, 0.25, 0.125)
 NARROW = 0.75  # of its matrices' parameters, what a hypercomplex layer on fewer hidden units keeps
 
+CORRECTED = ("low-rank, whitened", "width by budget", "products on fewer units", "products on fewer units by budget")
+
 
 def both(layer: Mapping[str, Any], **choice: Any) -> dict[str, Any]:
     """The same layer for language model and vision tower, and what else the choice says."""
@@ -39,7 +41,7 @@ def both(layer: Mapping[str, Any], **choice: Any) -> dict[str, Any]:
 def methods(fraction: float) -> dict[str, dict[str, Any]]:
     """By name, what a recipe says to reach `fraction` of the FFN parameters."""
     fewer_units = {"kind": "products", "n": 4, "products": round(16 * NARROW), "width": fraction / NARROW}
-    return {
+    found = {
         "low-rank, whitened": both({"kind": "low_rank", "fraction": fraction}),
         "width pruning": both({"kind": "dense", "width": fraction}) | {"fit": {"refit_writer": False}},
         "width, writer refitted": both({"kind": "dense", "width": fraction}),
@@ -51,15 +53,8 @@ def methods(fraction: float) -> dict[str, dict[str, Any]]:
         ),
         "products on fewer units": both(fewer_units),
         "products on fewer units by budget": both(fewer_units, budget=fraction),
-    } | {
-        f"{name}, corrected": both(layer, **choice) | {"fit": {"prefix": "corrected"}}
-        for name, layer, choice in (
-            ("low-rank, whitened", {"kind": "low_rank", "fraction": fraction}, {}),
-            ("width by budget", {"kind": "dense", "width": fraction}, {"budget": fraction}),
-            ("products on fewer units", fewer_units, {}),
-            ("products on fewer units by budget", fewer_units, {"budget": fraction}),
-        )
     }
+    return found | {f"{name}, corrected": found[name] | {"fit": {"prefix": "corrected"}} for name in CORRECTED}
 
 
 def paper() -> dict[str, Any]:
