@@ -179,7 +179,7 @@ def _fits(recipe: Recipe, plan: Plan, source: Stored, task: Task | None, variant
                 buffer.data = read(name).to(buffer.dtype)
         if fit.prefix == "corrected":
             say("fit.prefix corrected needs the dense model in memory: compressed takes its place")
-            fit = fit.model_copy(update={"prefix": "compressed"})
+            fit = fit.model_copy(update={"prefix": "compressed", "block_epochs": 0})
         batches = task.calibration_batches(fit)
         say(f"calibrating on {sum(len(batch['input_ids']) for batch in batches)} examples, FFN by FFN")
     with clear_write_errors(recipe.output):

@@ -48,6 +48,15 @@ def share_of(items: Sequence[Item]) -> Sequence[Item]:
     return items[len(items) * number // count : len(items) * (number + 1) // count]
 
 
+def gathered(number: int) -> list[int]:
+    """Every process's number, in their order."""
+    state = join()
+    numbers = torch.zeros(state.num_processes, dtype=torch.float64)
+    numbers[state.process_index] = number
+    sum_([numbers])
+    return [round(each) for each in numbers.tolist()]
+
+
 def sum_(tensors: Sequence[Tensor]) -> None:
     """Replace tensors of one dtype by their sums over processes; every process gives tensors of the same shapes.
 

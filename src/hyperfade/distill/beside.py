@@ -98,11 +98,13 @@ class _Watch:
         if landing is None:
             return None
 
-        def added(batch: Batch) -> Tensor:
-            light, other = own[id(batch)]
-            return self._made[ffn, other].float() - self._given[ffn, light].float()
+        def out(batch: Batch) -> Tensor:
+            return self._made[ffn, own[id(batch)][1]].float()
 
-        return Aim(added, landing.scale)
+        def added(batch: Batch) -> Tensor:
+            return out(batch) - self._given[ffn, own[id(batch)][0]].float()
+
+        return Aim(added, out, landing.scale)
 
     def forget(self, ffns: Sequence[str]) -> None:
         """Give up what is kept of these."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hyperfade.algebra import low_rank
 from hyperfade.distill.activations import Batch, ExpertMoments, Moment, Run, input_hooks, run, second_moments
 from hyperfade.distill.beside import beside
+from hyperfade.distill.blockwise import train_block_
 from hyperfade.distill.correction import Aim, corrected_writer
 from hyperfade.distill.matrices import LayerFit, fit_experts, fit_matrix
 from hyperfade.errors import CheckpointError, FitError
@@ -133,7 +134,8 @@ def _fit_ffn(
     aim: Aim | None,
 ) -> tuple[list[LayerFit], Tensor | None]:
     """Readers first, on the FFN's input; then the writer, on what it reads with them in place (or in the dense model,
-    where `dense_moments` has that), aimed at what the dense one writes unless there is an `aim`."""
+    where `dense_moments` has that), aimed at what the dense one writes unless there is an `aim`; then, where the recipe
+    says so, all of them together on that."""
 
     def moment_of(name: str) -> Moment:
         if name not in dense_moments:
@@ -191,6 +193,12 @@ def _fit_ffn(
             began = time.perf_counter()
         for name in group:
             mine[name].alpha = 1.0
+    if recipe.block_epochs and aim is not None and ffn.writer in mine:
+        began = time.perf_counter()
+        block = train_block_(model, ffn, mine, batches, send, aim, recipe)
+        if block:
+            seconds = results[-1].seconds + time.perf_counter() - began
+            results[-1] = replace(results[-1], error=block.error, seconds=seconds, held_out=block.held_out)
     return results, order
 
 

@@ -28,16 +28,17 @@ from hyperfade.algebra import SecondMoment, in_float64, relative, ridge_, solve_
 from hyperfade.distill.activations import Batch, Reached, Run, input_hooks, real_rows
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear
-from hyperfade.processes import join, sum_
+from hyperfade.processes import gathered, join, sum_
 
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """added: u of a batch, (..., k) with as many rows as the writer reads; scale: γ (k,), None for 1."""
+    """added: u of a batch, (..., k) with as many rows as the writer reads; out: o alike; scale: γ (k,), None for 1."""
 
     added: Callable[[Batch], Tensor]
+    out: Callable[[Batch], Tensor]
     scale: Tensor | None = None
 
 
@@ -75,7 +76,8 @@ def corrected_writer(
     moments = [SecondMoment(hidden, whole.device) for _ in range(2)]
     crosses = [torch.zeros_like(whole) for _ in range(2)]
     wanted = torch.zeros(1, dtype=torch.float64)
-    for number, batch in enumerate(batches, start=_before(len(batches))):
+    earlier = sum(gathered(len(batches))[: join().process_index])  # so that the halves are the same for one process
+    for number, batch in enumerate(batches, start=earlier):
         h = _read(model, name, writer, batch, send)
         u = in_float64(real_rows(name, aim.added(batch), batch.get("attention_mask")))
         if bias is not None:
@@ -118,14 +120,6 @@ def _read(model: nn.Module, name: str, writer: nn.Module, batch: Batch, send: Ru
     with input_hooks({writer: look}):
         send(model, batch)
     return in_float64(real_rows(name, read[0], batch.get("attention_mask")))
-
-
-def _before(batches: int) -> int:
-    """How many batches earlier processes have, so that the halves are the same however many there are."""
-    counts = torch.zeros(join().num_processes)
-    counts[join().process_index] = batches
-    sum_([counts])
-    return round(counts[: join().process_index].sum().item())
 
 
 def _tried(halves: Sequence[Tensor], slopes: Sequence[Tensor]) -> tuple[float, float]:

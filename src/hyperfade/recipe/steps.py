@@ -31,6 +31,13 @@ class Fit(Section):
     refit_writer: bool = Field(
         default=True, description="with a width: solve the writer for the units that stay; false is plain pruning"
     )
+    block_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="with prefix corrected: passes over the samples in which every FFN trains by itself on what its "
+        "writer is aimed at",
+    )
+    block_learning_rate: Number = Field(default=1e-3, gt=0, description="peak learning rate of block_epochs")
     sweeps: int = Field(default=12, ge=1, description="alternating least-squares sweeps per matrix")
     samples: int = Field(default=128, ge=1, description="training samples whose activations calibrate the fit")
     batch_size: int = Field(default=16, ge=1, description="samples per calibration forward pass")
@@ -45,6 +52,10 @@ class Fit(Section):
     def _fits_together(self) -> Self:
         if self.basis == "energy" and self.method != "calibrated":
             raise ValueError("basis 'energy' sorts by activations, which only method 'calibrated' gathers")
+        if self.block_epochs and (self.prefix != "corrected" or self.method != "calibrated"):
+            raise ValueError(
+                "block_epochs needs the dense model's residual stream: take prefix 'corrected' and method 'calibrated'"
+            )
         if self.prefix == "corrected" and not self.refit_writer:
             raise ValueError(
                 "prefix 'corrected' solves every writer, which refit_writer false forbids: take prefix 'compressed'"

@@ -44,7 +44,10 @@ def fit_text(layer: Any) -> str:
     """How one matrix came out of the fit, a `LayerFit` that has an error."""
     rival = "" if layer.low_rank_error is None else f" (low-rank of the same size {layer.low_rank_error:.4f})"
     aim = "" if layer.correction is None else f", {layer.correction:.0%} corrected for the layers before"
-    return f"fit {layer.name}: {layer.label}, error {layer.error:.4f}{rival}{aim}, {layer.seconds:.1f} s"
+    block = (
+        "" if layer.held_out is None else f", trained by itself: {layer.held_out:.3f} of it left on held-out batches"
+    )
+    return f"fit {layer.name}: {layer.label}, error {layer.error:.4f}{rival}{aim}{block}, {layer.seconds:.1f} s"
 
 
 def allocation_lines(allocation: dict[str, Any]) -> list[str]:

@@ -1,0 +1,184 @@
+"""An FFN trained by itself, before all of them train together: block-wise distillation.
+
+A fit takes an FFN matrix by matrix: every reader is to write what the dense one would, whatever becomes of it behind
+the activation. What counts is what the FFN adds to the residual stream. So behind the corrected writer
+(`correction.py`), whose u and γ these are, the light matrices of an FFN f train together:
+
+    Σ ‖γ ⊙ f(x) − u‖² / ‖o‖²    over tokens, o what the layer gives out in the dense model:
+
+the norm that reads the stream next divides by its size. A step takes one calibration batch and runs nothing but the
+FFN, and every token has an aim, where the training of the whole model learns from the tokens of answers alone. Every
+eighth batch is held out: what does not lower the error there is undone. BRECQ (arXiv 2102.05426) reconstructs blocks
+one by one for quantization, Puzzle (arXiv 2411.19146) distils replacements of blocks so.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperfade.algebra import relative
+from hyperfade.distill.activations import Batch, Run, real_rows
+from hyperfade.distill.correction import Aim
+from hyperfade.nn import BlendLinear
+from hyperfade.processes import gathered, join, sum_
+from hyperfade.recipe import Fit
+from hyperfade.surgery import FFN
+
+_HELD_OUT = 8  # every so manyth batch
+_WARMUP = 0.05  # of the steps
+
+
+@dataclass(frozen=True)
+class Block:
+    """held_out: the squared error on held-out batches, relative to that before; 1 where training was undone. error:
+    what the FFN leaves of the aim of its writer, relative to it, over all calibration tokens."""
+
+    held_out: float
+    error: float
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """One batch's: x (1, tokens, d), and per token u (tokens, k) and 1 / ‖o‖² (tokens, 1), float32."""
+
+    x: Tensor
+    u: Tensor
+    weight: Tensor
+
+
+def train_block_(
+    model: nn.Module,
+    ffn: FFN,
+    layers: dict[str, BlendLinear],
+    batches: Sequence[Batch],
+    send: Run,
+    aim: Aim,
+    recipe: Fit,
+) -> Block | None:
+    """Train the light branches of `layers`, which are what of `ffn` is replaced, each at α = 1, with its writer among
+    them, for `recipe.block_epochs`; they are float32 meanwhile.
+
+    Of several processes each gives its own batches, and all get the same. Returns None, and nothing has happened, where
+    the module that holds the FFN does not run by itself, or there are fewer than two batches.
+    """
+    counts, module = gathered(len(batches)), model.get_submodule(ffn.name)
+    first, number = sum(counts[: join().process_index]), sum(counts)
+    if number < 2 or not all(gathered(_runs_alone(model, ffn, batches[:1], send))):
+        return None
+    held_out = range(min(_HELD_OUT, number) - 1, number, _HELD_OUT)
+    tokens = {first + i: _tokens(model, ffn, batch, send, aim) for i, batch in enumerate(batches)}
+    gamma = 1.0 if aim.scale is None else aim.scale.float()
+
+    def error(own: _Tokens) -> Tensor:
+        return (own.weight * (gamma * module(own.x)[0].float() - own.u).square()).sum()
+
+    def total(of_each: Callable[[_Tokens], Tensor], numbers: Collection[int]) -> float:
+        """Over these batches, whichever process has them."""
+        found = torch.zeros(1, dtype=torch.float64)
+        for i in tokens.keys() & numbers:
+            found += of_each(tokens[i]).double().cpu()
+        sum_([found])
+        return found.item()
+
+    trained_on = [i for i in range(number) if i not in held_out]
+    before, wanted = total(error, held_out), total(lambda own: (own.weight * own.u.square()).sum(), trained_on)
+    parameters = [p for layer in layers.values() for p in layer.light.parameters()]
+    start = [parameter.detach().clone() for parameter in parameters]
+    with _float32(parameters):
+        _descend_(parameters, trained_on, tokens, lambda own: len(trained_on) / wanted * error(own), recipe)
+    after = total(error, held_out)
+    if not after < before:
+        for parameter, old in zip(parameters, start, strict=True):
+            parameter.copy_(old)
+    bias = layers[ffn.writer].bias
+    offset = 0.0 if bias is None else gamma * bias.float()
+    left = total(lambda own: (gamma * module(own.x)[0].float() - own.u).square().sum(), range(number))
+    aimed_at = total(lambda own: (own.u - offset).square().sum(), range(number))
+    return Block(after / before if after < before else 1.0, relative(left, aimed_at))
+
+
+def _descend_(
+    parameters: Sequence[nn.Parameter],
+    numbers: Sequence[int],
+    tokens: Mapping[int, _Tokens],
+    loss: Callable[[_Tokens], Tensor],
+    recipe: Fit,
+) -> None:
+    """AdamW on the loss, batch by batch of these numbers, warmed up, then along a cosine to zero."""
+    steps = recipe.block_epochs * len(numbers)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0)
+    generator, order = torch.Generator().manual_seed(0), list[int]()
+    for step in range(steps):
+        order = order or torch.randperm(len(numbers), generator=generator).tolist()
+        own = tokens.get(numbers[order.pop()])
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        if own is not None:  # else it is another process's
+            with torch.enable_grad(), _autocast(own.x):
+                gradients = list(torch.autograd.grad(loss(own), parameters))
+        sum_(gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        progress = step / steps
+        rate = min(1.0, (progress + 1 / steps) / _WARMUP) * (1 + math.cos(math.pi * progress)) / 2
+        optimizer.param_groups[0]["lr"] = recipe.block_learning_rate * rate
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _autocast(x: Tensor) -> torch.autocast:
+    """What a model of the dtype of x trains under."""
+    low = x.dtype != torch.float32
+    return torch.autocast(x.device.type, x.dtype if low else torch.bfloat16, enabled=low)
+
+
+@contextmanager
+def _float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters that train, and have float32 for it: steps are smaller than bfloat16 can add."""
+    before = [(parameter.dtype, parameter.requires_grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, (dtype, trains) in zip(parameters, before, strict=True):
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(trains)
+
+
+def _tokens(model: nn.Module, ffn: FFN, batch: Batch, send: Run, aim: Aim) -> _Tokens:
+    mask = batch.get("attention_mask")
+    x, _ = _read_and_written(model, ffn, batch, send)
+    u, o = (real_rows(ffn.name, part.float(), mask) for part in (aim.added(batch), aim.out(batch)))
+    return _Tokens(real_rows(ffn.name, x, mask)[None], u, 1 / o.square().sum(-1, keepdim=True).clamp_min(1e-12))
+
+
+def _runs_alone(model: nn.Module, ffn: FFN, batches: Sequence[Batch], send: Run) -> bool:
+    """Whether the module that holds the FFN is nothing but the FFN: of what a reader reads it makes, to the last bit,
+    what the writer writes."""
+    module = model.get_submodule(ffn.name)
+    own = {id(p) for name in ffn.linears for p in model.get_submodule(name).parameters()}
+    if any(id(parameter) not in own for parameter in module.parameters()):
+        return False
+    return all(torch.equal(module(x), y) for x, y in (_read_and_written(model, ffn, b, send) for b in batches))
+
+
+def _read_and_written(model: nn.Module, ffn: FFN, batch: Batch, send: Run) -> tuple[Tensor, Tensor]:
+    """What the FFN's first reader reads of a batch, and what its writer writes."""
+    read, written = list[Any](), list[Any]()
+    reader, writer = (model.get_submodule(name) for name in (ffn.readers[0], ffn.writer))
+    handles = [
+        reader.register_forward_pre_hook(lambda _, args: read.append(args[0])),
+        writer.register_forward_hook(lambda _, args, output: written.append(output)),
+    ]
+    try:
+        send(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return read[0], written[0]
