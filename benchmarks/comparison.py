@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "comparison.json"
 FRACTIONS = (0.5, 0.25, 0.125)
 NARROW = 0.75  # of its matrices' parameters, what a hypercomplex layer on fewer hidden units keeps
 
-BLOCK_EPOCHS = 5  # of every FFN by itself, behind a corrected writer
+BLOCKS = {"prefix": "corrected", "block_epochs": 5, "samples": 512}  # fewer would be learnt by heart
 CORRECTED = ("low-rank, whitened", "width by budget", "products on fewer units", "products on fewer units by budget")
 
 
@@ -57,7 +57,7 @@ def methods(fraction: float) -> dict[str, dict[str, Any]]:
     }
     for name in CORRECTED:
         found[f"{name}, corrected"] = found[name] | {"fit": {"prefix": "corrected"}}
-        found[f"{name}, by blocks"] = found[name] | {"fit": {"prefix": "corrected", "block_epochs": BLOCK_EPOCHS}}
+        found[f"{name}, by blocks"] = found[name] | {"fit": BLOCKS}
     return found
 
 

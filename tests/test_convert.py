@@ -143,7 +143,14 @@ def test_keys_that_loading_renames_and_keys_that_nobody_wants(tmp_path: Path) ->
 
 
 def test_the_command_calibrates_as_compress_does(tmp_path: Path) -> None:
-    changes = ["fit.samples=6", "fit.batch_size=2", "fit.sweeps=1", "fit.prefix=corrected", "dtype=float32"]
+    changes = [
+        "fit.samples=6",
+        "fit.batch_size=2",
+        "fit.sweeps=1",
+        "fit.prefix=corrected",
+        "fit.block_epochs=1",
+        "dtype=float32",
+    ]
     changes += ["replace.rules=[{layer: null}, {last_layers: 1, layer: {n: 4}}]"]
     arguments = [part for change in changes for part in ("--set", change)]
     result = CliRunner().invoke(app, ["convert", "embedded", "--output", str(tmp_path / "out"), *arguments])

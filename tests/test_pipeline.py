@@ -369,9 +369,14 @@ def test_a_run_without_training_distributes_its_budget_is_fitted_saved_and_measu
 ) -> None:
     train = {"fade_steps": 0, "polish_steps": 0}
     replace = SMALL | {"vision": {"kind": "low_rank"}, "budget": 0.3}
-    recipe = recipe_for(tmp_path / "out", replace=replace, train=train, data={"evaluation_limit": 8})
+    fit = {"prefix": "corrected", "block_epochs": 4, "samples": 128, "batch_size": 8}
+    recipe = recipe_for(tmp_path / "out", replace=replace, fit=fit, train=train, data={"evaluation_limit": 8})
     lines: Lines = []
     results = compress(recipe, lines.append)
+    corrected = [layer for layer in results["layers"] if layer["correction"] is not None]
+    gained = sum(layer["held_out"] < 1 for layer in corrected)  # observed 1 of 3
+    assert gained
+    assert f"[compressed] {gained} of {len(corrected)} FFNs gained by training by themselves" in lines
     work, shares = tmp_path / "out" / "work", results["allocation"]["shares"]
     assert json.loads((work / "allocation.json").read_text(encoding="utf-8")) == results["allocation"]
     assert 0.29 < results["ffn_params_ratio"] <= 0.3  # observed 0.2999

@@ -67,6 +67,9 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     if variant.fit.prefix == "corrected":
         writers = sum(layer.correction is not None for layer in layers)
         say(f"[{variant.name}] {writers} of {len(the_plan.ffns)} FFNs were aimed at the dense model's residual stream")
+    if variant.fit.block_epochs:
+        gained = sum(layer.held_out is not None and layer.held_out < 1 for layer in layers)
+        say(f"[{variant.name}] {gained} of {len(the_plan.ffns)} FFNs gained by training by themselves")
     del batches  # nothing else needs their memory
     choose_trained_(student, train)
     lengths = f"{train.fade_steps} steps of fade, {train.polish_steps} of polish"

@@ -55,7 +55,7 @@ def _corrected(
     wanted = [gamma * (h @ true.T) + noise * torch.randn(2, TOKENS // 2, K) for h in inputs]
     offset = gamma * dense.bias.detach() if bias else 0
     added = {id(h): u + offset for h, u in zip(inputs, wanted, strict=True)}
-    aim = Aim(lambda batch: added[id(batch["h"])], scale)
+    aim = Aim(lambda batch: added[id(batch["h"])], lambda batch: added[id(batch["h"])], scale)
     found = corrected_writer(model, "writer", model.writer, [{"h": h} for h in inputs], 0, run, aim)
     return found, true, (torch.cat(inputs).reshape(-1, HIDDEN), torch.cat(wanted).reshape(-1, K), weight)
 
@@ -94,7 +94,7 @@ def test_a_unit_that_never_fires_keeps_its_weights() -> None:
     sent = [{"h": torch.randn(30, HIDDEN, dtype=torch.float64)} for _ in range(2)]
     for batch in sent:
         batch["h"][:, 3] = 0
-    aim = Aim(lambda batch: batch["h"][:, :K] * 2)
+    aim = Aim(lambda batch: batch["h"][:, :K] * 2, lambda batch: batch["h"])
     found = corrected_writer(model, "writer", model.writer, sent, 0, run, aim)
     assert torch.equal(found.writer[:, 3], model.writer.dense.weight.detach()[:, 3])
     assert found.error(found.writer) < 5e-3  # observed 1e-3
@@ -113,7 +113,7 @@ def test_padding_counts_nothing() -> None:
         wanted = {id(batch["h"]): torch.randn(2, 4, K, dtype=torch.float64) for batch in sent}
         for batch in sent:
             batch["h"][mask == 0] = wanted[id(batch["h"])][mask == 0, :1] = padding
-        aim = Aim(lambda batch, wanted=wanted: wanted[id(batch["h"])])
+        aim = Aim(lambda batch, wanted=wanted: wanted[id(batch["h"])], lambda batch: batch["h"])
         writer = model.language_model.writer
         found.append(corrected_writer(model, "language_model.writer", writer, sent, 0, run, aim))
     assert torch.equal(found[0].writer, found[1].writer)
@@ -147,8 +147,12 @@ def test_one_batch_shows_nothing_so_nothing_is_corrected() -> None:
 def test_numbers_that_are_not_finite_are_named() -> None:
     model = _Reader(bias=False).double()
     sent = [{"h": torch.randn(3, HIDDEN, dtype=torch.float64)}]
+
+    def infinite(_: Any) -> Tensor:
+        return torch.full((3, K), torch.inf)
+
     with pytest.raises(FitError, match=r"^writer: .*not finite"):
-        corrected_writer(model, "writer", model.writer, sent, 0, run, Aim(lambda batch: torch.full((3, K), torch.inf)))
+        corrected_writer(model, "writer", model.writer, sent, 0, run, Aim(infinite, infinite))
 
 
 # --- landings ---------------------------------------------------------------------------------------------------------

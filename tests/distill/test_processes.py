@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import NARROW, batch_of, calibration, swapped
-from two_processes import CORRECTED, fitted_weights, recipe
+from toy import batch_of, calibration, swapped
+from two_processes import FITS, fitted_weights, recipe
 
 from hyperfade.distill import Halving, distill_, fit_, latest_step, read_faults
 from hyperfade.distill.activations import second_moments, sensitivities
@@ -98,13 +98,17 @@ def test_calibration_over_shares_is_calibration_over_all(runs: Path) -> None:
         assert found[name].item() == pytest.approx(value, rel=1e-5)  # observed 2e-16
 
 
-def test_a_corrected_fit_over_shares_is_the_one_over_all(runs: Path) -> None:
-    student, _, plan = swapped(NARROW)
-    corrections = [fit.correction for fit in fit_(student, plan, calibration(5), CORRECTED) if fit.correction]
-    assert corrections  # observed two of five: nothing lies before the first layers
-    found = load_file(runs / "corrected.safetensors")
-    for name, weight in fitted_weights(student).items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)  # observed 0
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_over_shares_is_the_one_over_all(runs: Path, name: str) -> None:
+    choice, recipe = FITS[name]
+    student, _, plan = swapped(choice)
+    fits = fit_(student, plan, calibration(5), recipe)
+    assert any(fit.correction for fit in fits)  # observed two of five: nothing lies before the first layers
+    if recipe.block_epochs:
+        assert min(fit.held_out for fit in fits if fit.held_out) < 0.99  # observed 0.974
+    found = load_file(runs / f"{name}.safetensors")
+    for matrix, weight in fitted_weights(student).items():
+        torch.testing.assert_close(found[matrix], weight, rtol=1e-5, atol=1e-6)  # observed 0
 
 
 def test_one_process_alone_has_everything_and_sums_nothing() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from toy import NARROW, batch_of, calibration, swapped, train
+from toy import NARROW, QUARTER, batch_of, calibration, swapped, train
 
 import hyperfade.distill.step as step_module
 from hyperfade.distill import StepReport, distill_, fit_
@@ -17,7 +17,10 @@ from hyperfade.processes import is_first, join, leave, share_of
 from hyperfade.recipe import Fit, Train
 from hyperfade.surgery import blends
 
-CORRECTED = Fit(prefix="corrected")
+FITS = {  # what is replaced, and how
+    "corrected": (NARROW, Fit(prefix="corrected")),
+    "blocks": (QUARTER, Fit(prefix="corrected", sweeps=1, block_epochs=4, block_learning_rate=3e-3)),
+}
 RECIPE: dict[str, Any] = {"batch_size": 5, "accumulation": 2, "checkpoint_every": 2, "weight_decay": 0.01}
 
 
@@ -45,16 +48,19 @@ def calibrate(folder: Path) -> None:
     moments = second_moments(student, layers, batches, 0)
     found = sensitivities(student, {name: blend.dense for name, blend in layers.items()}, batches)
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-    narrowed, _, plan = swapped(NARROW)
-    fit_(narrowed, plan, list(share_of(calibration(5))), CORRECTED)
+    fitted = {}
+    for name, (choice, fit) in FITS.items():
+        fitted[name], _, plan = swapped(choice)
+        fit_(fitted[name], plan, list(share_of(calibration(5))), fit)
     if is_first():
         save_file({**{f"moment/{n}": m for n, m in moments.items()}, **values}, folder / "calibration.safetensors")
-        save_file(fitted_weights(narrowed), folder / "corrected.safetensors")
+        for name, model in fitted.items():
+            save_file(fitted_weights(model), folder / f"{name}.safetensors")
 
 
 def fitted_weights(student: Any) -> dict[str, torch.Tensor]:
     """What fitted layers hold, by matrix."""
-    return {name: blend.light.weight.contiguous() for name, blend in blends(student).items()}
+    return {name: blend.light.weight.detach().contiguous() for name, blend in blends(student).items()}
 
 
 def exhaust_the_second() -> Any:

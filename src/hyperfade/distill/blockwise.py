@@ -51,6 +51,19 @@ class _Tokens:
     weight: Tensor
 
 
+def _held_out(number: int) -> range:
+    """Which of so many batches tell whether training pays."""
+    return range(min(_HELD_OUT, number) - 1, number, _HELD_OUT)
+
+
+def seen_by_writer(batches: Sequence[Batch]) -> list[Batch]:
+    """Those of this process's batches that are not held out: a writer corrected on the others would look better there
+    than it is. One batch, in all processes together, is not held out."""
+    counts = gathered(len(batches))
+    number, first = sum(counts), sum(counts[: join().process_index])
+    return [b for i, b in enumerate(batches, first) if number < 2 or i not in _held_out(number)]
+
+
 def train_block_(
     model: nn.Module,
     ffn: FFN,
@@ -70,7 +83,7 @@ def train_block_(
     first, number = sum(counts[: join().process_index]), sum(counts)
     if number < 2 or not all(gathered(_runs_alone(model, ffn, batches[:1], send))):
         return None
-    held_out = range(min(_HELD_OUT, number) - 1, number, _HELD_OUT)
+    held_out = _held_out(number)
     tokens = {first + i: _tokens(model, ffn, batch, send, aim) for i, batch in enumerate(batches)}
     gamma = 1.0 if aim.scale is None else aim.scale.float()
 

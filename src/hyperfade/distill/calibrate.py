@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hyperfade.algebra import low_rank
 from hyperfade.distill.activations import Batch, ExpertMoments, Moment, Run, input_hooks, run, second_moments
 from hyperfade.distill.beside import beside
-from hyperfade.distill.blockwise import train_block_
+from hyperfade.distill.blockwise import seen_by_writer, train_block_
 from hyperfade.distill.correction import Aim, corrected_writer
 from hyperfade.distill.matrices import LayerFit, fit_experts, fit_matrix
 from hyperfade.errors import CheckpointError, FitError
@@ -163,7 +163,8 @@ def _fit_ffn(
         began = time.perf_counter()
         corrected = None
         if aim is not None and group == [ffn.writer]:
-            corrected = corrected_writer(model, ffn.writer, mine[ffn.writer], batches, recipe.ridge, send, aim)
+            shown = seen_by_writer(batches) if recipe.block_epochs else batches
+            corrected = corrected_writer(model, ffn.writer, mine[ffn.writer], shown, recipe.ridge, send, aim)
         moment = corrected.moment if corrected else moment_of(group[0]) if calibrated and group else None
         for name in group:
             blend, few = mine[name], {}

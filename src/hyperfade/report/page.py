@@ -32,7 +32,7 @@ def read_metrics(work: Path) -> list[dict[str, float]]:
 def _page(results: dict[str, Any]) -> str:
     layers = "\n".join(
         f"| {layer['name']} | {layer['label']} | {_error(layer['error'])} | {_error(layer['low_rank_error'])} |"
-        f" {_share(layer.get('correction'))} |"
+        f" {_share(layer.get('correction'))} | {_share(layer.get('held_out'))} |"
         for layer in results["layers"]
     )
     hardly_reached = "".join(
@@ -79,11 +79,12 @@ def _page(results: dict[str, Any]) -> str:
 
 Relative output error before any training, beside whitened low-rank of the same size. A corrected writer is aimed at
 more than the dense one's output, at what mends the layers before it as well: its error is relative to that, and larger.
+Held out: what training an FFN by itself left of the squared error on batches it did not see.
 
 ![error per layer](plots/layers.png)
 
-| matrix | becomes | error | low-rank | corrected |
-|---|---|---|---|---|
+| matrix | becomes | error | low-rank | corrected | held out |
+|---|---|---|---|---|---|
 {layers}
 
 {hardly_reached}{allocations}## Samples left out
