@@ -40,22 +40,24 @@ def test_what_is_said_of_a_block_is_what_passes_through_the_model_show(
 
     def spy(model: Any, ffn: FFN, layers: Any, batches: Any, send: Any, aim: Aim, recipe: Fit) -> Block | None:
         def errors() -> tuple[float, float, float]:
-            left, plain, wanted = 0.0, 0.0, 0.0
+            held_out, left, wanted = 0.0, 0.0, 0.0
+            bias = layers[ffn.writer].dense.bias
             for number, batch in enumerate(batches):
                 u, o = (real_rows(ffn.name, part(batch), batch["attention_mask"]) for part in (aim.added, aim.out))
-                off = (_written(model, ffn, batch, send) - u).square().sum(-1)
-                left += (off / o.square().sum(-1)).sum().item() if number == 7 else 0.0
-                plain += off.sum().item()
-                wanted += (u - layers[ffn.writer].dense.bias if "vision" in ffn.name else u).square().sum().item()
-            return left, plain, wanted
+                size = o.square().sum(-1)
+                off = ((_written(model, ffn, batch, send) - u).square().sum(-1) / size).sum().item()
+                held_out += off if number == 7 else 0.0
+                left += off
+                wanted += ((u - (0 if bias is None else bias)).square().sum(-1) / size).sum().item()
+            return held_out, left, wanted
 
         before, _, _ = errors()
         start = weights(model)
         block = train_block_(model, ffn, layers, batches, send, aim, recipe)
-        after, plain, wanted = errors()
+        after, left, wanted = errors()
         assert block is not None
         assert block.held_out == pytest.approx(after / before, rel=1e-6)
-        assert block.error == pytest.approx((plain / wanted) ** 0.5, rel=1e-6)
+        assert block.error == pytest.approx((left / wanted) ** 0.5, rel=1e-6)
         light = {f"{name}.light" for name in layers}
         changed = {n for n, w in weights(model).items() if not torch.equal(w, start[n])}
         assert all(any(name.startswith(own) for own in light) for name in changed)

@@ -36,7 +36,7 @@ _WARMUP = 0.05  # of the steps
 @dataclass(frozen=True)
 class Block:
     """held_out: the squared error on held-out batches, relative to that before; 1 where training was undone. error:
-    what the FFN leaves of the aim of its writer, relative to it, over all calibration tokens."""
+    what the FFN leaves of its writer's aim less its bias, relative to that, over all calibration tokens by weight."""
 
     held_out: float
     error: float
@@ -44,11 +44,11 @@ class Block:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """One batch's: x (1, tokens, d), and per token u (tokens, k) and 1 / ‖o‖² (tokens, 1), float32."""
+    """One batch's: x (1, tokens, d), and what tells its u (tokens, k) and 1 / ‖o‖² (tokens, 1), both float32 and made
+    anew each time, because all of them at once would take more memory than everything else here."""
 
     x: Tensor
-    u: Tensor
-    weight: Tensor
+    aimed: Callable[[], tuple[Tensor, Tensor]]
 
 
 def _held_out(number: int) -> range:
@@ -64,6 +64,7 @@ def seen_by_writer(batches: Sequence[Batch]) -> list[Batch]:
     return [b for i, b in enumerate(batches, first) if number < 2 or i not in _held_out(number)]
 
 
+@torch.no_grad()
 def train_block_(
     model: nn.Module,
     ffn: FFN,
@@ -77,7 +78,7 @@ def train_block_(
     them, for `recipe.block_epochs`; they are float32 meanwhile.
 
     Of several processes each gives its own batches, and all get the same. Returns None, and nothing has happened, where
-    the module that holds the FFN does not run by itself, or there are fewer than two batches.
+    the module that holds the FFN does not run by itself, nothing is aimed at, or there are fewer than two batches.
     """
     counts, module = gathered(len(batches)), model.get_submodule(ffn.name)
     first, number = sum(counts[: join().process_index]), sum(counts)
@@ -85,10 +86,16 @@ def train_block_(
         return None
     held_out = _held_out(number)
     tokens = {first + i: _tokens(model, ffn, batch, send, aim) for i, batch in enumerate(batches)}
-    gamma = 1.0 if aim.scale is None else aim.scale.float()
+    gamma, bias = 1.0 if aim.scale is None else aim.scale.float(), layers[ffn.writer].bias
+    offset = 0.0 if bias is None else gamma * bias.float()
 
     def error(own: _Tokens) -> Tensor:
-        return (own.weight * (gamma * module(own.x)[0].float() - own.u).square()).sum()
+        u, weight = own.aimed()
+        return (weight * (gamma * module(own.x)[0].float() - u).square()).sum()
+
+    def wanted(own: _Tokens) -> Tensor:
+        u, weight = own.aimed()
+        return (weight * (u - offset).square()).sum()
 
     def total(of_each: Callable[[_Tokens], Tensor], numbers: Collection[int]) -> float:
         """Over these batches, whichever process has them."""
@@ -99,20 +106,20 @@ def train_block_(
         return found.item()
 
     trained_on = [i for i in range(number) if i not in held_out]
-    before, wanted = total(error, held_out), total(lambda own: (own.weight * own.u.square()).sum(), trained_on)
+    before, size = total(error, held_out), total(wanted, trained_on)
+    if not size > 0:
+        return None
     parameters = [p for layer in layers.values() for p in layer.light.parameters()]
     start = [parameter.detach().clone() for parameter in parameters]
     with _float32(parameters):
-        _descend_(parameters, trained_on, tokens, lambda own: len(trained_on) / wanted * error(own), recipe)
+        _descend_(parameters, trained_on, tokens, lambda own: len(trained_on) / size * error(own), recipe)
     after = total(error, held_out)
     if not after < before:
         for parameter, old in zip(parameters, start, strict=True):
             parameter.copy_(old)
-    bias = layers[ffn.writer].bias
-    offset = 0.0 if bias is None else gamma * bias.float()
-    left = total(lambda own: (gamma * module(own.x)[0].float() - own.u).square().sum(), range(number))
-    aimed_at = total(lambda own: (own.u - offset).square().sum(), range(number))
-    return Block(after / before if after < before else 1.0, relative(left, aimed_at))
+    everywhere = range(number)
+    left = relative(total(error, everywhere), total(wanted, everywhere))
+    return Block(after / before if after < before else 1.0, left)
 
 
 def _descend_(
@@ -167,8 +174,12 @@ def _float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def _tokens(model: nn.Module, ffn: FFN, batch: Batch, send: Run, aim: Aim) -> _Tokens:
     mask = batch.get("attention_mask")
     x, _ = _read_and_written(model, ffn, batch, send)
-    u, o = (real_rows(ffn.name, part.float(), mask) for part in (aim.added(batch), aim.out(batch)))
-    return _Tokens(real_rows(ffn.name, x, mask)[None], u, 1 / o.square().sum(-1, keepdim=True).clamp_min(1e-12))
+
+    def aimed() -> tuple[Tensor, Tensor]:
+        u, o = (real_rows(ffn.name, part(batch), mask) for part in (aim.added, aim.out))
+        return u.float(), 1 / o.float().square().sum(-1, keepdim=True).clamp_min(1e-12)
+
+    return _Tokens(real_rows(ffn.name, x, mask)[None], aimed)
 
 
 def _runs_alone(model: nn.Module, ffn: FFN, batches: Sequence[Batch], send: Run) -> bool:

@@ -199,7 +199,8 @@ def _fit_ffn(
         block = train_block_(model, ffn, mine, batches, send, aim, recipe)
         if block:
             seconds = results[-1].seconds + time.perf_counter() - began
-            results[-1] = replace(results[-1], error=block.error, seconds=seconds, held_out=block.held_out)
+            alone = {"error": block.error, "low_rank_error": None, "held_out": block.held_out}
+            results[-1] = replace(results[-1], **alone, seconds=seconds)
     return results, order
 
 

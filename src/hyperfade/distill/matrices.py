@@ -44,8 +44,8 @@ class LayerFit:
     dense one's output. With one, errors are relative to what it was aimed at, and where units are gone no rival's is
     known.
     held_out: with `fit.block_epochs`, what is left of a corrected writer's squared error on batches held out once its
-    FFN has trained by itself, 1 where that was undone; its error is that of the whole FFN then, and those of readers
-    stay as they were before.
+    FFN has trained by itself, 1 where that was undone. Its error is that of the whole FFN then, each token by the size
+    of its stream (`blockwise.py`), no rival's is known, and those of readers stay as they were before.
     seconds of the first matrix on an input hold the calibration passes that gathered its second moment. Errors of
     experts are over all of them, each by its tokens and on the moment it was fitted on; few_tokens: experts that
     calibration hardly reached, by number, with the tokens that each met.
