@@ -68,8 +68,13 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         writers = sum(layer.correction is not None for layer in layers)
         say(f"[{variant.name}] {writers} of {len(the_plan.ffns)} FFNs were aimed at the dense model's residual stream")
     if variant.fit.block_epochs:
-        gained = sum(layer.held_out is not None and layer.held_out < 1 for layer in layers)
-        say(f"[{variant.name}] {gained} of {len(the_plan.ffns)} FFNs gained by training by themselves")
+        tried = [layer.held_out for layer in layers if layer.held_out is not None]
+        gained = sum(held_out < 1 for held_out in tried)
+        could_not = len(the_plan.ffns) - len(tried)
+        say(
+            f"[{variant.name}] FFNs trained by themselves: {gained} gained, {len(tried) - gained} were undone, "
+            f"{could_not} cannot"
+        )
     del batches  # nothing else needs their memory
     choose_trained_(student, train)
     lengths = f"{train.fade_steps} steps of fade, {train.polish_steps} of polish"

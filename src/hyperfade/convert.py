@@ -178,7 +178,8 @@ def _fits(recipe: Recipe, plan: Plan, source: Stored, task: Task | None, variant
             if name in source.by_name:
                 buffer.data = read(name).to(buffer.dtype)
         if fit.prefix == "corrected":
-            say("fit.prefix corrected needs the dense model in memory: compressed takes its place")
+            own = ", and no FFN trains by itself (fit.block_epochs)" if fit.block_epochs else ""
+            say(f"fit.prefix corrected needs the dense model in memory: compressed takes its place{own}")
             fit = fit.model_copy(update={"prefix": "compressed", "block_epochs": 0})
         batches = task.calibration_batches(fit)
         say(f"calibrating on {sum(len(batch['input_ids']) for batch in batches)} examples, FFN by FFN")

@@ -8,14 +8,16 @@ the activation. What counts is what the FFN adds to the residual stream. So behi
 
 the norm that reads the stream next divides by its size. A step takes one calibration batch and runs nothing but the
 FFN, and every token has an aim, where the training of the whole model learns from the tokens of answers alone. Every
-eighth batch is held out: what does not lower the error there is undone. BRECQ (arXiv 2102.05426) reconstructs blocks
-one by one for quantization, Puzzle (arXiv 2411.19146) distils replacements of blocks so.
+eighth batch is held out, and the matrices were fitted without it: what does not lower the error there is undone. BRECQ
+(arXiv 2102.05426) reconstructs blocks one by one for quantization, Puzzle (arXiv 2411.19146) distils replacements of
+blocks so.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from hyperfade.algebra import relative
 from hyperfade.distill.activations import Batch, Run, real_rows
 from hyperfade.distill.correction import Aim
+from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear
 from hyperfade.processes import gathered, join, sum_
 from hyperfade.recipe import Fit
@@ -31,6 +34,7 @@ from hyperfade.surgery import FFN
 
 _HELD_OUT = 8  # every so manyth batch
 _WARMUP = 0.05  # of the steps
+_LEAST_SIZE = 0.1  # of the median ‖o‖²: no token may outweigh all others because it is next to nothing
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,35 @@ class _Tokens:
     aimed: Callable[[], tuple[Tensor, Tensor]]
 
 
+def runs_alone(model: nn.Module, ffn: FFN, batches: Sequence[Batch], send: Run) -> bool:
+    """Whether `train_block_` can train the FFN on these batches (of several processes: each one's own).
+
+    The module that holds it has to be nothing but the FFN: given what a reader reads, and nothing else, it makes what
+    the writer writes, to the last bit. Three batches are the least; float16 is too narrow for gradients.
+    """
+    module = model.get_submodule(ffn.name)
+    own = {id(p) for name in ffn.linears for p in model.get_submodule(name).parameters()}
+    required = [p for p in signature(type(module).forward).parameters.values() if p.default is p.empty]
+    alone = all(id(parameter) in own for parameter in module.parameters())
+    alone = alone and len(required) == 2 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in required)  # self and x
+    for batch in batches[:1] if alone else ():
+        x, y = _read_and_written(model, ffn, batch, send)
+        made = module(x)
+        same = isinstance(made, Tensor) and made.shape == y.shape
+        alone = same and x.dtype != torch.float16 and torch.allclose(made, y, rtol=0, atol=0, equal_nan=True)
+    return all(gathered(alone)) and sum(gathered(len(batches))) > 2
+
+
+def not_held_out(batches: Sequence[Batch]) -> list[Batch]:
+    """Those of this process's batches that an FFN's matrices are fitted on before it trains."""
+    counts = gathered(len(batches))
+    held_out = _held_out(sum(counts))
+    return [b for i, b in enumerate(batches, sum(counts[: join().process_index])) if i not in held_out]
+
+
 def _held_out(number: int) -> range:
     """Which of so many batches tell whether training pays."""
     return range(min(_HELD_OUT, number) - 1, number, _HELD_OUT)
-
-
-def seen_by_writer(batches: Sequence[Batch]) -> list[Batch]:
-    """Those of this process's batches that are not held out: a writer corrected on the others would look better there
-    than it is. One batch, in all processes together, is not held out."""
-    counts = gathered(len(batches))
-    number, first = sum(counts), sum(counts[: join().process_index])
-    return [b for i, b in enumerate(batches, first) if number < 2 or i not in _held_out(number)]
 
 
 @torch.no_grad()
@@ -73,17 +95,15 @@ def train_block_(
     send: Run,
     aim: Aim,
     recipe: Fit,
-) -> Block | None:
+) -> Block:
     """Train the light branches of `layers`, which are what of `ffn` is replaced, each at α = 1, with its writer among
-    them, for `recipe.block_epochs`; they are float32 meanwhile.
+    them, for `recipe.block_epochs`; they are float32 meanwhile. The FFN `runs_alone`.
 
-    Of several processes each gives its own batches, and all get the same. Returns None, and nothing has happened, where
-    the module that holds the FFN does not run by itself, nothing is aimed at, or there are fewer than two batches.
+    Of several processes each gives its own batches, and all get the same. Raises `FitError` where numbers are not
+    finite.
     """
     counts, module = gathered(len(batches)), model.get_submodule(ffn.name)
     first, number = sum(counts[: join().process_index]), sum(counts)
-    if number < 2 or not all(gathered(_runs_alone(model, ffn, batches[:1], send))):
-        return None
     held_out = _held_out(number)
     tokens = {first + i: _tokens(model, ffn, batch, send, aim) for i, batch in enumerate(batches)}
     gamma, bias = 1.0 if aim.scale is None else aim.scale.float(), layers[ffn.writer].bias
@@ -105,21 +125,31 @@ def train_block_(
         sum_([found])
         return found.item()
 
-    trained_on = [i for i in range(number) if i not in held_out]
-    before, size = total(error, held_out), total(wanted, trained_on)
-    if not size > 0:
-        return None
+    everywhere, trained_on = range(number), [i for i in range(number) if i not in held_out]
+    whole = total(wanted, everywhere)
+    if not math.isfinite(whole + total(error, everywhere)):
+        raise FitError(
+            f"{ffn.name}: what it reads, or what its layer gives out, is not finite.",
+            "Check the model's activations in this dtype.",
+        )
+    before = total(error, held_out)
     parameters = [p for layer in layers.values() for p in layer.light.parameters()]
     start = [parameter.detach().clone() for parameter in parameters]
-    with _float32(parameters):
-        _descend_(parameters, trained_on, tokens, lambda own: len(trained_on) / size * error(own), recipe)
-    after = total(error, held_out)
+    try:
+        with _float32(parameters):
+            _descend_(parameters, trained_on, tokens, lambda own: number / (whole or 1) * error(own), recipe)
+        after = total(error, held_out)
+    except BaseException:
+        _put_back_(parameters, start)
+        raise
     if not after < before:
-        for parameter, old in zip(parameters, start, strict=True):
-            parameter.copy_(old)
-    everywhere = range(number)
-    left = relative(total(error, everywhere), total(wanted, everywhere))
-    return Block(after / before if after < before else 1.0, left)
+        _put_back_(parameters, start)
+    return Block(after / before if after < before else 1.0, relative(total(error, everywhere), whole))
+
+
+def _put_back_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _descend_(
@@ -147,26 +177,26 @@ def _descend_(
         rate = min(1.0, (progress + 1 / steps) / _WARMUP) * (1 + math.cos(math.pi * progress)) / 2
         optimizer.param_groups[0]["lr"] = recipe.block_learning_rate * rate
         optimizer.step()
-    optimizer.zero_grad()
 
 
 def _autocast(x: Tensor) -> torch.autocast:
     """What a model of the dtype of x trains under."""
-    low = x.dtype != torch.float32
-    return torch.autocast(x.device.type, x.dtype if low else torch.bfloat16, enabled=low)
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16)
 
 
 @contextmanager
 def _float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters that train, and have float32 for it: steps are smaller than bfloat16 can add."""
+    """Parameters that train, float32 where they were bfloat16: steps are smaller than that can add."""
     before = [(parameter.dtype, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
-        parameter.data = parameter.data.float()
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     try:
         yield
     finally:
         for parameter, (dtype, trains) in zip(parameters, before, strict=True):
+            parameter.grad = None
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(trains)
 
@@ -177,19 +207,11 @@ def _tokens(model: nn.Module, ffn: FFN, batch: Batch, send: Run, aim: Aim) -> _T
 
     def aimed() -> tuple[Tensor, Tensor]:
         u, o = (real_rows(ffn.name, part(batch), mask) for part in (aim.added, aim.out))
-        return u.float(), 1 / o.float().square().sum(-1, keepdim=True).clamp_min(1e-12)
+        size = o.float().square().sum(-1, keepdim=True)
+        least = _LEAST_SIZE * size.median() if len(size) else 0.0
+        return u.float(), torch.where(size > 0, 1 / size.clamp_min(least), 0.0)
 
     return _Tokens(real_rows(ffn.name, x, mask)[None], aimed)
-
-
-def _runs_alone(model: nn.Module, ffn: FFN, batches: Sequence[Batch], send: Run) -> bool:
-    """Whether the module that holds the FFN is nothing but the FFN: of what a reader reads it makes, to the last bit,
-    what the writer writes."""
-    module = model.get_submodule(ffn.name)
-    own = {id(p) for name in ffn.linears for p in model.get_submodule(name).parameters()}
-    if any(id(parameter) not in own for parameter in module.parameters()):
-        return False
-    return all(torch.equal(module(x), y) for x, y in (_read_and_written(model, ffn, b, send) for b in batches))
 
 
 def _read_and_written(model: nn.Module, ffn: FFN, batch: Batch, send: Run) -> tuple[Tensor, Tensor]:

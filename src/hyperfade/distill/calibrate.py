@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hyperfade.algebra import low_rank
 from hyperfade.distill.activations import Batch, ExpertMoments, Moment, Run, input_hooks, run, second_moments
 from hyperfade.distill.beside import beside
-from hyperfade.distill.blockwise import seen_by_writer, train_block_
+from hyperfade.distill.blockwise import not_held_out, runs_alone, train_block_
 from hyperfade.distill.correction import Aim, corrected_writer
 from hyperfade.distill.matrices import LayerFit, fit_experts, fit_matrix
 from hyperfade.errors import CheckpointError, FitError
@@ -139,11 +139,14 @@ def _fit_ffn(
 
     def moment_of(name: str) -> Moment:
         if name not in dense_moments:
-            return second_moments(model, {name: mine[name]}, batches, recipe.ridge, recipe.expert_prior, send)[name]
+            return second_moments(model, {name: mine[name]}, fitted_on, recipe.ridge, recipe.expert_prior, send)[name]
         moment = dense_moments[name]
         return moment if order is None or name != ffn.writer else _whole(moment)[order][:, order]
 
     order, lost, rivals = None, 0.0, {}
+    trains = recipe.block_epochs > 0 and aim is not None and ffn.writer in mine
+    trains = trains and runs_alone(model, ffn, batches, send)
+    fitted_on = not_held_out(batches) if trains else batches
     calibrated = recipe.method == "calibrated"
     narrow = ffn.writer in mine and swaps[ffn.writer].spec.replaced is not None
     if not (narrow or ffn.experts) and recipe.basis == "energy" and calibrated and len(mine) == len(ffn.linears) > 1:
@@ -163,8 +166,7 @@ def _fit_ffn(
         began = time.perf_counter()
         corrected = None
         if aim is not None and group == [ffn.writer]:
-            shown = seen_by_writer(batches) if recipe.block_epochs else batches
-            corrected = corrected_writer(model, ffn.writer, mine[ffn.writer], shown, recipe.ridge, send, aim)
+            corrected = corrected_writer(model, ffn.writer, mine[ffn.writer], fitted_on, recipe.ridge, send, aim)
         moment = corrected.moment if corrected else moment_of(group[0]) if calibrated and group else None
         for name in group:
             blend, few = mine[name], {}
@@ -194,13 +196,14 @@ def _fit_ffn(
             began = time.perf_counter()
         for name in group:
             mine[name].alpha = 1.0
-    if recipe.block_epochs and aim is not None and ffn.writer in mine:
+    if trains:
+        assert aim is not None
         began = time.perf_counter()
         block = train_block_(model, ffn, mine, batches, send, aim, recipe)
-        if block:
-            seconds = results[-1].seconds + time.perf_counter() - began
-            alone = {"error": block.error, "low_rank_error": None, "held_out": block.held_out}
-            results[-1] = replace(results[-1], **alone, seconds=seconds)
+        seconds = results[-1].seconds + time.perf_counter() - began
+        results[-1] = replace(
+            results[-1], error=block.error, low_rank_error=None, held_out=block.held_out, seconds=seconds
+        )
     return results, order
 
 

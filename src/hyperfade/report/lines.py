@@ -44,11 +44,13 @@ def fit_text(layer: Any) -> str:
     """How one matrix came out of the fit, a `LayerFit` that has an error."""
     rival = "" if layer.low_rank_error is None else f" (low-rank of the same size {layer.low_rank_error:.4f})"
     aim = "" if layer.correction is None else f", {layer.correction:.0%} corrected for the layers before"
-    block = ""
-    if layer.held_out is not None:
-        gained = layer.held_out < 1
-        block = f", trained by itself ({layer.held_out:.1%} of it left on other batches)" if gained else ", not trained"
-    return f"fit {layer.name}: {layer.label}, error {layer.error:.4f}{rival}{aim}{block}, {layer.seconds:.1f} s"
+    own = "" if layer.held_out is None else f", own training: {held_out_text(layer.held_out)}"
+    return f"fit {layer.name}: {layer.label}, error {layer.error:.4f}{rival}{aim}{own}, {layer.seconds:.1f} s"
+
+
+def held_out_text(left: float) -> str:
+    """What an FFN's training by itself came to, from the squared error that it left on held-out batches."""
+    return f"{left:.1%} of its squared error left" if left < 1 else "undone"
 
 
 def allocation_lines(allocation: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperfade.hub import footnote, metric_label, score_rows, score_text, table
-from hyperfade.report.lines import fault_text, few_tokens_text, share_kept
+from hyperfade.report.lines import fault_text, few_tokens_text, held_out_text, share_kept
 from hyperfade.report.plots import plot_comparison, plot_layers, plot_training
 
 
@@ -32,7 +32,7 @@ def read_metrics(work: Path) -> list[dict[str, float]]:
 def _page(results: dict[str, Any]) -> str:
     layers = "\n".join(
         f"| {layer['name']} | {layer['label']} | {_error(layer['error'])} | {_error(layer['low_rank_error'])} |"
-        f" {_share(layer.get('correction'))} | {_share(layer.get('held_out'))} |"
+        f" {_share(layer.get('correction'))} | {_own_training(layer.get('held_out'))} |"
         for layer in results["layers"]
     )
     hardly_reached = "".join(
@@ -79,11 +79,12 @@ def _page(results: dict[str, Any]) -> str:
 
 Relative output error before any training, beside whitened low-rank of the same size. A corrected writer is aimed at
 more than the dense one's output, at what mends the layers before it as well: its error is relative to that, and larger.
-Held out: what training an FFN by itself left of the squared error on batches it did not see.
+With training of its own (fit.block_epochs) a writer's error is that of its whole FFN after it, each token by the size
+of its stream; what was left of the squared error on batches held out stands in the last column.
 
 ![error per layer](plots/layers.png)
 
-| matrix | becomes | error | low-rank | corrected | held out |
+| matrix | becomes | error | low-rank | corrected | own training |
 |---|---|---|---|---|---|
 {layers}
 
@@ -138,6 +139,10 @@ def _quality_table(task: str, models: dict[str, Any]) -> str:
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _own_training(held_out: float | None) -> str:
+    return "-" if held_out is None else held_out_text(held_out)
 
 
 def _share(value: float | None) -> str:
