@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "comparison.json"
 FRACTIONS = (0.5, 0.25, 0.125)
 NARROW = 0.75  # of its matrices' parameters, what a hypercomplex layer on fewer hidden units keeps
 
-BLOCKS = {"prefix": "corrected", "block_epochs": 5, "samples": 512}  # fewer would be learnt by heart
+BLOCKS: dict[str, Any] = {"prefix": "corrected", "block_epochs": 5, "samples": 512}  # fewer would be learnt by heart
 CORRECTED = ("low-rank, whitened", "width by budget", "products on fewer units", "products on fewer units by budget")
 
 
