@@ -375,7 +375,7 @@ def test_a_run_without_training_distributes_its_budget_is_fitted_saved_and_measu
     results = compress(recipe, lines.append)
     corrected = [layer for layer in results["layers"] if layer["correction"] is not None]
     gained = sum(layer["held_out"] < 1 for layer in corrected)
-    said = f"[compressed] FFNs trained by themselves: {gained} gained, {len(corrected) - gained} were undone, 0 cannot"
+    said = f"[compressed] FFNs trained by themselves: {gained} gained, {len(corrected) - gained} undone, 0 cannot"
     assert said in lines
     assert gained  # observed 1 of 3
     work, shares = tmp_path / "out" / "work", results["allocation"]["shares"]

@@ -72,7 +72,7 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
         gained = sum(held_out < 1 for held_out in tried)
         could_not = len(the_plan.ffns) - len(tried)
         say(
-            f"[{variant.name}] FFNs trained by themselves: {gained} gained, {len(tried) - gained} were undone, "
+            f"[{variant.name}] FFNs trained by themselves: {gained} gained, {len(tried) - gained} undone, "
             f"{could_not} cannot"
         )
     del batches  # nothing else needs their memory
