@@ -57,6 +57,12 @@ def gathered(number: int) -> list[int]:
     return [round(each) for each in numbers.tolist()]
 
 
+def numbered(items: Sequence[Item]) -> tuple[dict[int, Item], int]:
+    """This process's `items` by their numbers among those of all processes, and how many all have."""
+    counts = gathered(len(items))
+    return dict(enumerate(items, start=sum(counts[: join().process_index]))), sum(counts)
+
+
 def sum_(tensors: Sequence[Tensor]) -> None:
     """Replace tensors of one dtype by their sums over processes; every process gives tensors of the same shapes.
 

@@ -123,10 +123,10 @@ def test_an_aim_that_can_be_reached_is_reached(scale: Tensor | None, dtype: torc
     assert all(parameter.grad is None for parameter in one.model.parameters())
 
 
-@pytest.mark.parametrize("noise", [0.0, 3.0], ids=["steps too large", "nothing but noise"])
+@pytest.mark.parametrize("noise", [0.0, 3.0], ids=["a plain aim", "a noisy aim"])
 def test_what_does_not_pay_on_batches_held_out_is_undone(noise: float) -> None:
     one = _OneFfn(noise=noise)
-    assert one.train(epochs=4, rate=30.0).held_out == 1
+    assert one.train(epochs=4, rate=30.0).held_out == 1  # steps far too large
     assert_same_weights(one.start, weights(one.model))
 
 

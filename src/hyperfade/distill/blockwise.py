@@ -28,7 +28,7 @@ from hyperfade.distill.activations import Batch, Run, real_rows
 from hyperfade.distill.correction import Aim
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear
-from hyperfade.processes import gathered, join, sum_
+from hyperfade.processes import gathered, numbered, sum_
 from hyperfade.recipe import Fit
 from hyperfade.surgery import FFN
 
@@ -71,14 +71,13 @@ def runs_alone(model: nn.Module, ffn: FFN, batches: Sequence[Batch], send: Run) 
         made = module(x)
         same = isinstance(made, Tensor) and made.shape == y.shape
         alone = same and x.dtype != torch.float16 and torch.allclose(made, y, rtol=0, atol=0, equal_nan=True)
-    return all(gathered(alone)) and sum(gathered(len(batches))) > 2
+    return all(gathered(alone)) and numbered(batches)[1] > 2
 
 
 def not_held_out(batches: Sequence[Batch]) -> list[Batch]:
     """Those of this process's batches that an FFN's matrices are fitted on before it trains."""
-    counts = gathered(len(batches))
-    held_out = _held_out(sum(counts))
-    return [b for i, b in enumerate(batches, sum(counts[: join().process_index])) if i not in held_out]
+    own, number = numbered(batches)
+    return [batch for i, batch in own.items() if i not in _held_out(number)]
 
 
 def _held_out(number: int) -> range:
@@ -102,10 +101,9 @@ def train_block_(
     Of several processes each gives its own batches, and all get the same. Raises `FitError` where numbers are not
     finite.
     """
-    counts, module = gathered(len(batches)), model.get_submodule(ffn.name)
-    first, number = sum(counts[: join().process_index]), sum(counts)
+    module, (own_batches, number) = model.get_submodule(ffn.name), numbered(batches)
     held_out = _held_out(number)
-    tokens = {first + i: _tokens(model, ffn, batch, send, aim) for i, batch in enumerate(batches)}
+    tokens = {i: _tokens(model, ffn, batch, send, aim) for i, batch in own_batches.items()}
     gamma, bias = 1.0 if aim.scale is None else aim.scale.float(), layers[ffn.writer].bias
     offset = 0.0 if bias is None else gamma * bias.float()
 

@@ -28,7 +28,7 @@ from hyperfade.algebra import SecondMoment, in_float64, relative, ridge_, solve_
 from hyperfade.distill.activations import Batch, Reached, Run, input_hooks, real_rows
 from hyperfade.errors import FitError
 from hyperfade.nn import BlendLinear
-from hyperfade.processes import gathered, join, sum_
+from hyperfade.processes import numbered, sum_
 
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 
@@ -76,8 +76,7 @@ def corrected_writer(
     moments = [SecondMoment(hidden, whole.device) for _ in range(2)]
     crosses = [torch.zeros_like(whole) for _ in range(2)]
     wanted = torch.zeros(1, dtype=torch.float64)
-    earlier = sum(gathered(len(batches))[: join().process_index])  # so that the halves are the same for one process
-    for number, batch in enumerate(batches, start=earlier):
+    for number, batch in numbered(batches)[0].items():
         h = _read(model, name, writer, batch, send)
         u = in_float64(real_rows(name, aim.added(batch), batch.get("attention_mask")))
         if bias is not None:
