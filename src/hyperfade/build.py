@@ -17,7 +17,6 @@ from hyperfade.distill import (
     Allocation,
     Batches,
     CachedTeacher,
-    LayerFit,
     StepReport,
     allocate,
     autocast_dtype,
@@ -37,7 +36,15 @@ from hyperfade.hub import mark_, round_, save
 from hyperfade.measure import num_parameters
 from hyperfade.processes import is_first, wait
 from hyperfade.recipe import Train
-from hyperfade.report import allocation_lines, fault_text, few_tokens_text, fit_text, plan_lines, read_metrics
+from hyperfade.report import (
+    allocation_lines,
+    batch_progress,
+    fault_text,
+    fit_progress,
+    plan_lines,
+    read_metrics,
+    time_left,
+)
 from hyperfade.surgery import blends, join_readers_, plan, swap_
 from hyperfade.task import Say, Task
 from hyperfade.workspace import Variant, read_json, write_json
@@ -63,7 +70,14 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     teacher = _teacher(variant, student, task, say)
     student.requires_grad_(False)
     swap_(student, the_plan)
-    layers = fit_(student, the_plan, batches, variant.fit, variant.work / "fit", _fit_line(variant, say))
+    layers = fit_(
+        student,
+        the_plan,
+        batches,
+        variant.fit,
+        variant.work / "fit",
+        fit_progress(the_plan, lambda line: say(f"[{variant.name}] {line}")),
+    )
     if variant.fit.prefix == "corrected":
         writers = sum(layer.correction is not None for layer in layers)
         say(f"[{variant.name}] {writers} of {len(the_plan.ffns)} FFNs were aimed at the dense model's residual stream")
@@ -162,7 +176,8 @@ def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]]
     file = variant.work / "allocation.json"
     if not file.exists():
         say(f"[{variant.name}] measuring what errors of every FFN cost, on {variant.fit.samples} training samples")
-        measured = allocate(student, variant.replace, batches, variant.fit.ridge)
+        progress = batch_progress(f"[{variant.name}] measuring", say)
+        measured = allocate(student, variant.replace, batches, variant.fit.ridge, progress)
         if is_first():
             write_json(file, measured.to_dict())
     wait()
@@ -243,16 +258,6 @@ def _reload_bit_equal(model: Any, reloaded: Any, task: Task) -> bool:
         return logits and torch.equal(model.generate(**batch, **options), reloaded.generate(**batch, **options))
 
 
-def _fit_line(variant: Variant, say: Say) -> Callable[[LayerFit], None]:
-    def line(layer: LayerFit) -> None:
-        if layer.error is not None:
-            say(f"[{variant.name}] {fit_text(layer)}")
-        if layer.few_tokens:
-            say(f"[{variant.name}] fit {layer.name}: {few_tokens_text(layer.few_tokens)}")
-
-    return line
-
-
 def _training_line(name: str, train: Train, say: Say) -> Callable[[StepReport], None]:
     steps, recent = total_steps(train), []
 
@@ -260,12 +265,12 @@ def _training_line(name: str, train: Train, say: Say) -> Callable[[StepReport], 
         recent.append(report.seconds)
         del recent[:-20]
         if report.step % train.log_every == 0 or report.step == steps:
-            left = round((steps - report.step) * sum(recent) / len(recent))
+            left = time_left((steps - report.step) * sum(recent) / len(recent))
             hidden = f", hidden states {report.hidden:.4f}" if train.hidden_weight else ""
             say(
                 f"[{name}] step {report.step}/{steps}  α {report.alpha:.2f}  loss {report.loss:.4f}  (ce "
                 f"{report.cross_entropy:.4f}, kl {report.kl:.4f}, reconstruction {report.reconstruction:.4f}{hidden})  "
-                f"{report.seconds:.2f} s/step  {left // 60}:{left % 60:02d} left"
+                f"{report.seconds:.2f} s/step  {left}"
             )
 
     return line

@@ -40,7 +40,7 @@ from hyperfade.hub import (
 from hyperfade.measure import device, machine
 from hyperfade.processes import join
 from hyperfade.recipe import Recipe
-from hyperfade.report import fit_text, plan_lines
+from hyperfade.report import fit_progress, plan_lines
 from hyperfade.surgery import Plan, install_, plan
 from hyperfade.task import Say, Task, open_task
 from hyperfade.workspace import Variant, open_output, read_json, variants, write_json
@@ -184,7 +184,7 @@ def _fits(recipe: Recipe, plan: Plan, source: Stored, task: Task | None, variant
         batches = task.calibration_batches(fit)
         say(f"calibrating on {sum(len(batch['input_ids']) for batch in batches)} examples, FFN by FFN")
     with clear_write_errors(recipe.output):
-        return fit_streamed(model, plan, batches, fit, variant.work / "fit", read, _fit_line(plan, say))
+        return fit_streamed(model, plan, batches, fit, variant.work / "fit", read, fit_progress(plan, say))
 
 
 def _contents(model: PreTrainedModel, plan: Plan, source: Stored, variant: Variant) -> dict[str, StoredTensor | None]:
@@ -245,16 +245,3 @@ def _write_rest(model: PreTrainedModel, recipe: Recipe, variant: Variant, facts:
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     stored(folder, model)
-
-
-def _fit_line(plan: Plan, say: Say) -> Callable[[LayerFit], None]:
-    sizes = {swap.name: swap.dense_parameters for swap in plan.swaps}
-    num_matrices, done, seconds = len(sizes), 0, 0.0
-
-    def line(layer: LayerFit) -> None:
-        nonlocal done, seconds
-        done, seconds = done + sizes.pop(layer.name), seconds + layer.seconds
-        left = round(seconds * sum(sizes.values()) / done)
-        say(f"{fit_text(layer)}; {num_matrices - len(sizes)}/{num_matrices}, {left // 60}:{left % 60:02d} left")
-
-    return line

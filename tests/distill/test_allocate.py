@@ -309,6 +309,17 @@ def test_matrices_on_one_input_share_a_second_moment_and_memory_is_kept_within_a
     assert [len(names) for names in gathered] == [2, 2, 2]
 
 
+def test_every_batch_of_every_pass_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = FAMILIES["llama"].build(), _with_labels("llama")
+    replace, told = _replace("low_rank", 0.4, vision=None), list[tuple[int, int]]()
+    whole = allocate(model, replace, batches, on_batch=lambda done, total: told.append((done, total)))
+    assert told == [(i + 1, 2 * len(batches)) for i in range(2 * len(batches))]  # gradients, second moments
+    told.clear()
+    monkeypatch.setattr(moments, "_MOMENTS_BYTES", 8 * (32 * 32 + 48 * 48))
+    assert allocate(model, replace, batches, on_batch=lambda done, total: told.append((done, total))) == whole
+    assert told[-1] == (4 * len(batches), 4 * len(batches))
+
+
 def test_excluded_matrices_take_no_part_and_regions_may_differ() -> None:
     model = FAMILIES["llava_siglip"].build()
     replace = _replace("width", 0.3, vision=KINDS["low_rank"], exclude=("*language_model.layers.0.*",))

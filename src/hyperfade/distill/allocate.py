@@ -22,7 +22,7 @@ The predicted loss compares allocations and foretells no loss; compare with a ri
 
 import glob
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,10 +90,17 @@ class Allocation:
         return cls(**{**fields, "replace": Replace.model_validate(fields["replace"]), "shares": shares})
 
 
-def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge: float = 1e-6) -> Allocation:
+def allocate(
+    model: nn.Module,
+    replace: Replace,
+    batches: Sequence[Batch],
+    ridge: float = 1e-6,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Allocation:
     """Find the sizes that spend `replace.budget` on `model`, dense as it is, for the least predicted loss.
 
-    batches: calibration inputs with labels (-100 does not count), as for training. The model stays as it was.
+    batches: calibration inputs with labels (-100 does not count), as for training. on_batch: called after every batch
+    of every pass over them with how many are done and of how many. The model stays as it was.
     Raises `PlanError` where even the smallest sizes exceed the budget or the start does not fit the model, `FitError`
     where a matrix is never reached, batches have no answers, or numbers are not finite.
     """
@@ -106,8 +113,20 @@ def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge
         [*ladder, same, Option(None, None, item.dense_parameters)]
         for item, ladder, same in zip(items, ladders, uniform, strict=True)
     ]
-    sensitivity = sensitivities(model, {i.measured: i.matrices[i.measured] for i in items}, batches)
-    error_of = _error_curves(model, items, batches, ridge)
+    readings = dict[str, list[Item]]()
+    for item in items:
+        readings.setdefault(item.reads, []).append(item)
+    linears = {item.measured: item.matrices[item.measured] for item in items}
+    gathered = together({name: features(linears[name])[0] for name in readings})
+    batches = _Counted(batches, 1 + len(gathered), on_batch) if on_batch else batches
+    sensitivity = sensitivities(model, linears, batches)
+    error_of = dict[str, Callable[[Option], float]]()
+    for names in gathered:
+        moments = second_moments(model, {name: linears[name] for name in names}, batches, ridge)
+        for name in names:  # of matrices on one input the second moment is taken once
+            moment = moments.pop(name)
+            assert isinstance(moment, Tensor)
+            error_of |= {item.name: _error_curve(item, moment) for item in readings[name]}
 
     def loss(item: Item, option: Option) -> float:
         return sensitivity[item.measured] * error_of[item.name](option) ** 2
@@ -137,26 +156,27 @@ def allocate(model: nn.Module, replace: Replace, batches: Sequence[Batch], ridge
     return Allocation(sized, replace.budget, shares, totals[0], totals[1])
 
 
-def _error_curves(
-    model: nn.Module, items: list[Item], batches: Sequence[Batch], ridge: float
-) -> dict[str, Callable[[Option], float]]:
-    """The predicted error of every item by its name: of matrices on one input, the second moment is taken once."""
-    readings: dict[str, list[Item]] = {}
-    for item in items:
-        readings.setdefault(item.reads, []).append(item)
-    linears = {item.measured: item.matrices[item.measured] for item in items}
-    curves = {}
-    for names in together({name: features(linears[name])[0] for name in readings}):
-        moments = second_moments(model, {name: linears[name] for name in names}, batches, ridge)
-        for name in names:
-            moment = moments.pop(name)
-            assert isinstance(moment, Tensor)
-            for item in readings[name]:
-                curves[item.name] = _curve(item, moment)
-    return curves
+class _Counted(Sequence[Batch]):
+    """Batches that are gone through `passes` times, with `on_batch` told after each how many are done and of all."""
+
+    def __init__(self, batches: Sequence[Batch], passes: int, on_batch: Callable[[int, int], None]) -> None:
+        self._batches, self._total, self._on_batch, self._done = batches, passes * len(batches), on_batch, 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            yield batch
+            self._done += 1
+            self._on_batch(self._done, self._total)
 
 
-def _curve(item: Item, moment: Tensor) -> Callable[[Option], float]:
+def _error_curve(item: Item, moment: Tensor) -> Callable[[Option], float]:
+    """The item's predicted error at every size."""
     weight = weight_of(item.matrices[item.measured])
     if item.narrow:
         order = contribution_order(weight, moment)
