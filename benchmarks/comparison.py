@@ -92,7 +92,10 @@ def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Re
     shared_train = {"checkpoint_every": args.checkpoint_every, "temperature": 1, "group_by_length": True}
     teacher_folder = args.teacher_folder or args.output / "teacher"
     shared_train |= {"teacher": args.teacher, "teacher_folder": str(teacher_folder)}  # the same batches for all
-    shared_fit = {"samples": args.calibration, "batch_size": args.batch_size, "prefix": "dense", "sweeps": 6}
+    shared_train |= {"hidden_weight": args.hidden_weight}
+    fit = {"samples": args.calibration, "batch_size": args.batch_size, "prefix": "dense", "sweeps": 6}
+    fit |= fields.get("fit", {})
+    fit["samples"] = max(fit["samples"], args.calibration)  # by blocks: more than that, where more are asked for
     return Recipe.parse(
         {
             "model": str(args.model),
@@ -100,7 +103,7 @@ def recipe(name: str, fields: Mapping[str, Any], args: argparse.Namespace) -> Re
             "dtype": "bfloat16",
             "attention": args.attention,
             "replace": fields["replace"],
-            "fit": shared_fit | fields.get("fit", {}),
+            "fit": fit,
             "train": shared_train | fields["train"] | {"batch_size": args.batch_size, "mixed_precision": "bf16"},
             "data": {
                 "train": str(args.data / "train.jsonl"),
@@ -196,6 +199,7 @@ def arguments(description: str, results: Path, output: Path) -> argparse.Argumen
     add("--attention", default="eager", help="attention of all models: eager is faster on a CPU, sdpa on a GPU")
     add("--checkpoint-every", type=int, default=50, help="steps after which a cell can go on; a state is ~0.7 GB")
     add("--teacher", choices=("cached", "live"), default="cached", help="live: a GPU has time for it")
+    add("--hidden-weight", type=float, default=0.0, help="of hidden states' error; needs --teacher live")
     add("--teacher-folder", type=Path, help="where a cached teacher's answers lie [default: OUTPUT/teacher]")
     return parser
 
@@ -204,7 +208,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What all cells of a results file have in common."""
     names = ("steps", "batch_size", "calibration", "examples", "attention")
     settings = {name: getattr(args, name) for name in names}
-    return settings if args.teacher == "cached" else settings | {"teacher": args.teacher}
+    unusual = {"teacher": "cached", "hidden_weight": 0.0}
+    return settings | {name: getattr(args, name) for name, usual in unusual.items() if getattr(args, name) != usual}
 
 
 def run(

@@ -162,10 +162,10 @@ def sensitivities(model: nn.Module, linears: Mapping[str, nn.Module], batches: S
     def watch(name: str, linear: Any, args: Any, output: Tensor) -> Tensor:
         met.add(name)
         plain = output.detach() if linear.bias is None else output.detach() - linear.bias
-        sizes = plain.float().square().sum(-1)
+        sizes, width = plain.float().square().sum(-1), output.shape[-1]
 
         def add(gradient: Tensor) -> None:
-            sums[name] += (gradient.float().square().sum(-1) * sizes).sum().item() / (2 * output.shape[-1])
+            sums[name] += (gradient.float().square().sum(-1) * sizes).sum().item() / (2 * width)
 
         output = output + start
         output.register_hook(add)
