@@ -118,14 +118,25 @@ def perplexity_table(kept: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def kept_table(cells: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
-    """What each model keeps of the dense one's scores, and how like it they are."""
-    rows = [
-        [f"{cell['ffn_params_ratio']:.1%}", cell["method"], *(_kept(cell, task) for task in tasks), *_agreement(cell)]
-        for cell in cells
-    ]
-    head = ["FFN parameters", "method", *(f"{task} kept" for task in tasks)]
-    return table([*head, "same next token before → after", "KL before → after"], rows)
+def kept_table(files: Sequence[dict[str, Any]], *, short: bool) -> str:
+    """What each model of these results keeps of the dense one's scores, and how like it they are, before training and
+    after; `short`: `in_short`."""
+    tasks, rows = list(files[0]["dense"]["scores"]), list[tuple[float, float, list[str]]]()
+    for own in files:
+        cells = best_rates(own["cells"])
+        for cell in in_short(cells) if short else cells:
+            row = [f"{cell['ffn_params_ratio']:.1%}", cell["method"], *_effort(cell, own["settings"])]
+            row += [*(_kept(cell, task) for task in tasks), *_agreement(cell)]
+            rows.append((-(cell["fraction"] or 1), cell["agreement"]["after"]["kl"], row))
+    head = ["FFN parameters", "method", "samples", "steps", *(f"{task} kept" for task in tasks)]
+    return table([*head, "same next token before → after", "KL before → after"], [row for *_, row in sorted(rows)])
+
+
+def _effort(cell: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str]:
+    """The fit's samples and the training's steps."""
+    least = BLOCKS["samples"] if cell["method"].endswith("by blocks") else 0
+    hidden = ", hidden states" if settings.get("hidden_weight") else ""
+    return f"{max(least, settings['calibration']):,}", f"{settings['steps']}{hidden}"
 
 
 def in_short(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,9 +158,8 @@ def with_comparison(readme: str, kept: Kept) -> str:
     """The README's text with the part between the markers made anew."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    own = kept["comparison"]
-    table_in_short = kept_table(in_short(best_rates(own["cells"])), list(own["dense"]["scores"]))
-    return f"{head}{BEGIN}{marker}\n{table_in_short}\n{END}{rest.split(END, 1)[1]}"
+    files = [kept[name] for name in ("comparison", *LONG) if name in kept]
+    return f"{head}{BEGIN}{marker}\n{kept_table(files, short=True)}\n{END}{rest.split(END, 1)[1]}"
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
@@ -187,8 +197,7 @@ def page(kept: Kept, advice: str) -> str:
         *_perplexity_part(kept["perplexity"]),
         *_ffn_part(kept["ffn_quality"]),
         *(_reference_part(kept["comparison"]) if "comparison" in kept else ()),
-        "## The reference model, with more calibration and training",
-        *(part for name in LONG if name in kept for part in _long_part(kept[name])),
+        *_long_part([kept[name] for name in LONG if name in kept]),
         *(_ablation_part(kept["ablation"]) if "ablation" in kept else ()),
         *_bound_part(kept["block_spectrum"]),
     ]
@@ -243,15 +252,15 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
     return [*parts, *(f"![{name} against size]({PLOTS[name].name})" for name in ("quality", "speed"))]
 
 
-def _long_part(kept: dict[str, Any]) -> list[str]:
-    settings = kept["settings"]
-    hidden = settings.get("hidden_weight")
+def _long_part(files: Sequence[dict[str, Any]]) -> list[str]:
+    if not files:
+        return []
+    weights = [f"{own['settings']['hidden_weight']:g}" for own in files if own["settings"].get("hidden_weight")]
+    hidden = f" Hidden states: with their error, times {', '.join(weights)}, in the loss." if weights else ""
     return [
-        f"The same with {settings['steps']} steps of {settings['batch_size']} samples after a fit on "
-        f"{settings['calibration']:,}"
-        + (f", and the error of hidden states times {hidden:g} in the loss. " if hidden else ". ")
-        + _machine(kept),
-        kept_table(best_rates(kept["cells"]), list(kept["dense"]["scores"])),
+        "## The reference model, with more calibration and training",
+        f"The same, fitted on more samples and trained for more steps.{hidden} {_machine(files[-1])}",
+        kept_table(files, short=False),
     ]
 
 

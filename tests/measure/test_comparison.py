@@ -86,6 +86,41 @@ def test_training_loss_alone_chooses_the_learning_rate() -> None:
     ]
 
 
+def test_in_short_stand_published_methods_and_of_each_kind_the_fit_that_goes_furthest() -> None:
+    stages = ("low-rank, whitened", "low-rank, whitened, corrected", "low-rank, whitened, by blocks")
+    stages += ("width by budget, corrected", "width by budget", "products", "width pruning")
+    cells = [_cell(method, 1e-4, 1.0) for method in stages] + [
+        {**_cell("width by budget", 1e-4, 1.0), "fraction": 0.25}
+    ]
+    assert [(cell["method"], cell["fraction"]) for cell in report.in_short(cells)] == [
+        ("low-rank, whitened", 0.5),
+        ("low-rank, whitened, by blocks", 0.5),
+        ("width by budget, corrected", 0.5),
+        ("width pruning", 0.5),
+        ("width by budget", 0.25),
+    ]
+
+
+def _arguments(*given: str) -> Any:
+    return comparison.arguments("", Path("results.json"), Path("out")).parse_args(given)
+
+
+def test_more_calibration_is_for_all_and_less_is_not_for_fits_by_blocks() -> None:
+    blocks = {"replace": {}, "train": {}, "fit": comparison.BLOCKS}
+    plain = {"replace": {}, "train": {}}
+    for asked, own, others in ((128, 512, 128), (2048, 2048, 2048)):
+        args = _arguments("--calibration", str(asked))
+        assert [comparison.recipe("a", cell, args).fit.samples for cell in (blocks, plain)] == [own, others]
+
+
+def test_settings_name_what_is_unusual_in_them() -> None:
+    usual = comparison.settings_of(_arguments())
+    assert comparison.settings_of(_arguments("--teacher", "live", "--hidden-weight", "30")) == usual | {
+        "teacher": "live",
+        "hidden_weight": 30.0,
+    }
+
+
 def test_page_and_readme_are_what_the_kept_results_give() -> None:
     kept, advice = report.kept_results()
     assert report.page(kept, advice) == report.PAGE.read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
 """What one optimizer step computes: the gradients of
 
-    (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction
+    (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction + η · hidden states' error
 
-over the assistant's tokens of its examples. However the examples are divided, over processes and, where memory is
+the first two over the assistant's tokens of its examples, the last over all. However the examples are divided, over processes and, where memory is
 short, over parts, every part's means are weighted by its answer tokens, so that the sum is the same. (Reconstruction is
-a ratio of whole batches: divided, it is the weighted mean of the parts' ratios.)
+a ratio of whole batches: divided, it is the weighted mean of the parts' ratios; so are hidden states' errors.)
 """
 
 from collections.abc import Callable, Sequence
