@@ -2,9 +2,10 @@
 
     (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction + η · hidden states' error
 
-the first two over the assistant's tokens of its examples, the last over all. However the examples are divided, over processes and, where memory is
-short, over parts, every part's means are weighted by its answer tokens, so that the sum is the same. (Reconstruction is
-a ratio of whole batches: divided, it is the weighted mean of the parts' ratios; so are hidden states' errors.)
+the first two over the assistant's tokens of its examples, the last over all of theirs. However the examples are
+divided, over processes and, where memory is short, over parts, every part's means are weighted by its answer tokens, so
+that the sum is the same. (Reconstruction is a ratio of whole batches: divided, it is the weighted mean of the parts'
+ratios. Hidden states' error is a mean over all tokens, weighted so as well.)
 """
 
 from collections.abc import Callable, Sequence
