@@ -208,6 +208,26 @@ def test_hidden_error_is_relative_at_every_position_and_blind_to_padding() -> No
     assert hidden_error(student.unbind(), teacher.unbind(), mask[:, :4]).isinf()  # of another shape: not used
 
 
+def test_hidden_error_keeps_no_copies_of_states_for_its_gradient() -> None:
+    states = [torch.randn(2, 50, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    wanted = [torch.randn(2, 50, 64, dtype=torch.bfloat16) for _ in range(3)]
+    kept = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda kept: kept):
+        error = hidden_error(states, wanted, None)
+    states_and_wanted = {tensor.data_ptr() for tensor in states + wanted}
+    assert all(tensor.numel() < 2 * 50 * 64 or tensor.data_ptr() in states_and_wanted for tensor in kept)
+    error.backward()
+    expected = (
+        sum(
+            ((s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1)).mean()
+            for s, t in zip(states, wanted, strict=True)
+        )
+        / 3
+    )
+    for state, gradient in zip(states, torch.autograd.grad(expected, states), strict=True):
+        torch.testing.assert_close(state.grad, gradient, rtol=0.01, atol=0)  # observed 1/128, bfloat16's last digit
+
+
 def test_mean_reconstruction_is_over_the_layers_that_measured() -> None:
     layers = [BlendLinear(nn.Linear(4, 4), LightSpec(4, 4, True, None, 1).build()) for _ in range(3)]
     assert mean_reconstruction(layers, torch.device("cpu")).item() == 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hyperfade.data.collate import IGNORED
 from hyperfade.nn import BlendLinear
@@ -112,14 +113,19 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Ten
     width). mask (batch, length): 0 where a position is padding; one of another shape is not used. Errors are relative
     at every position, because a few positions of a language model have states a thousand times as large as others.
     """
-    errors = [
-        (s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1).clamp_min(1e-12)
-        for s, t in zip(student, teacher, strict=True)
-    ]
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    errors = [checkpoint(_state_error, s, t, **how) for s, t in zip(student, teacher, strict=True)]
     error = torch.stack(errors).mean(0)
     if mask is None or mask.shape != error.shape:
         return error.mean()
     return (error * mask).sum() / mask.sum()
+
+
+def _state_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖s − t‖² / ‖t‖² at every position. Made again in the backward pass: float32 copies of the states of all layers
+    would take more memory than the states."""
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
 
 
 def mean_reconstruction(blends: Iterable[BlendLinear], device: torch.device) -> Tensor:
