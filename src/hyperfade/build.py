@@ -21,6 +21,7 @@ from hyperfade.distill import (
     allocate,
     autocast_dtype,
     cache_teacher,
+    check_hidden_states,
     digest,
     distill_,
     fit_,
@@ -61,6 +62,8 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     recipe, train = task.recipe, variant.train
     torch.manual_seed(recipe.seed)
     student = task.dense()
+    if train.hidden_weight:  # before a long fit, not after it
+        check_hidden_states(student, task.training_batch([0]), autocast_dtype(student, train))
     batches = _calibration(variant, task)
     allocation = _allocation(variant, student, batches, say)
     the_plan = plan(student, allocation.replace if allocation else variant.replace)

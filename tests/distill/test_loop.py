@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch import Tensor
 from toy import assert_same_weights, batch_of, calibration, swapped, train, weights
 
@@ -18,6 +19,7 @@ from hyperfade.distill import (
     Batches,
     StepReport,
     alpha_at,
+    check_hidden_states,
     data_order,
     distill_,
     fit_,
@@ -125,6 +127,20 @@ def test_hidden_weight_asks_for_a_model_with_hidden_states(tmp_path: Path) -> No
     student.forward = lambda **inputs: SimpleNamespace(logits=forward(**inputs).logits)
     with pytest.raises(TrainingError, match="needs hidden states, and SimpleNamespace has none"):
         distill_(student, teacher, 20, batch_of, train(hidden_weight=1.0), seed=0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_hidden_states_to_learn_from(name: str) -> None:
+    batch = FAMILIES[name].inputs()
+    batch |= {"labels": batch["input_ids"]} | ({"decoder_input_ids": batch["input_ids"]} if "t5" in name else {})
+    check_hidden_states(FAMILIES[name].build(), batch, None)
+
+
+def test_a_model_without_hidden_states_is_refused_before_its_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = FAMILIES["llava_siglip"].build(), FAMILIES["llava_siglip"].inputs()
+    monkeypatch.setattr(model, "forward", lambda **inputs: SimpleNamespace(logits=None))
+    with pytest.raises(TrainingError, match="needs hidden states, and SimpleNamespace has none"):
+        check_hidden_states(model, batch | {"labels": batch["input_ids"]}, None)
 
 
 def test_dense_parameters_train_at_their_own_rate(tmp_path: Path) -> None:

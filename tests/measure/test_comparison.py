@@ -48,6 +48,30 @@ def test_the_papers_recipe_is_the_one_that_ships_but_for_its_steps() -> None:
     assert own.train == shipped.train
 
 
+def _arguments(*given: str) -> Any:
+    return comparison.arguments("", Path("results.json"), Path("out")).parse_args(given)
+
+
+@pytest.mark.parametrize(("name", "fraction"), [("half", 0.5), ("quarter", 0.25), ("eighth", 0.125)])
+def test_recipes_are_what_was_measured(name: str, fraction: float) -> None:
+    by_budget = " by budget" if name == "eighth" else ""
+    methods = comparison.methods(fraction)
+    hypercomplex, widths = Recipe.load(name), Recipe.load(f"{name}-width")
+    for recipe, method in ((hypercomplex, f"products on fewer units{by_budget}"), (widths, "width by budget")):
+        args = _arguments("--steps", "400", "--hidden-weight", "30", "--teacher", "live", "--checkpoint-every", "50")
+        train = {"fade_steps": 0, "polish_steps": args.steps, "learning_rate": 1e-4}
+        measured = comparison.recipe(method, methods[f"{method}, by blocks"] | {"train": train}, args)
+        own, asked = recipe.replace.model_dump(), measured.replace.model_dump()
+        for region in ("language", "vision"):  # recipes write a third as 0.3333
+            assert own[region].pop("width") == pytest.approx(asked[region].pop("width"), abs=1e-4)
+        assert own == asked
+        kept = {"sweeps", "batch_size"}
+        assert recipe.fit.model_dump(exclude=kept) == measured.fit.model_dump(exclude=kept)
+        assert recipe.train.model_dump(exclude={"teacher_folder"}) == measured.train.model_dump(
+            exclude={"teacher_folder"}
+        )
+
+
 def test_every_ablation_is_a_recipe_that_changes_one_thing_at_the_same_size() -> None:
     model = _reference_shapes()
     cells = {name: fields for name, _, fields in ablation.cells(0.25, 60)}
@@ -99,10 +123,6 @@ def test_in_short_stand_published_methods_and_of_each_kind_the_fit_that_goes_fur
         ("width pruning", 0.5),
         ("width by budget", 0.25),
     ]
-
-
-def _arguments(*given: str) -> Any:
-    return comparison.arguments("", Path("results.json"), Path("out")).parse_args(given)
 
 
 def test_more_calibration_is_for_all_and_less_is_not_for_fits_by_blocks() -> None:

@@ -11,7 +11,7 @@ from hyperfade.distill.matrices import LayerFit
 from hyperfade.distill.order import Batches, data_order
 from hyperfade.distill.schedule import alpha_at, fade_progress, kd_weight_at, learning_rate_factor, total_steps
 from hyperfade.distill.state import latest_step
-from hyperfade.distill.step import autocast_dtype
+from hyperfade.distill.step import autocast_dtype, check_hidden_states
 from hyperfade.distill.streamed import fit_streamed
 from hyperfade.distill.teacher import teacher_of, unshare_
 
@@ -31,6 +31,7 @@ __all__ = [
     "answers_only",
     "autocast_dtype",
     "cache_teacher",
+    "check_hidden_states",
     "data_order",
     "digest",
     "distill_",

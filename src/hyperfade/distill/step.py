@@ -142,15 +142,25 @@ def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTe
     return LossTerms(ce, kl, mean_reconstruction(blends(objective.student).values(), logits.device), hidden)
 
 
+@torch.no_grad()
+def check_hidden_states(model: Any, batch: Batch, autocast_dtype: torch.dtype | None) -> None:
+    """Raises `TrainingError` where the model gives no hidden states, which `train.hidden_weight` needs."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.autocast(batch["labels"].device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        _hidden_states(model(**inputs, output_hidden_states=True))
+
+
 def _hidden_states(output: Any) -> Sequence[Tensor]:
-    """Those of the language model: of an encoder-decoder, the decoder's."""
-    states = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
-    if not states:
-        raise TrainingError(
-            f"train.hidden_weight needs hidden states, and {type(output).__name__} has none.",
-            "Leave hidden_weight out.",
-        )
-    return states
+    """Those of the language model: of an encoder-decoder, the decoder's; BLIP-2 keeps its language model's output."""
+    of_language = getattr(output, "language_model_outputs", None) or output
+    names = "hidden_states", "decoder_hidden_states"
+    for states in (getattr(of_language, name, None) for name in names):
+        if states:
+            return states
+    raise TrainingError(
+        f"train.hidden_weight needs hidden states, and {type(output).__name__} has none.",
+        "Set train.hidden_weight: 0.",
+    )
 
 
 def _sum_gradients_(trained: Sequence[nn.Parameter]) -> None:
