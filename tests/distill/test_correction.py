@@ -315,6 +315,19 @@ def test_an_interrupted_fit_continues_to_the_same_weights(choice: Replace, tmp_p
     assert [(f.name, f.error, f.correction) for f in fits] == [(f.name, f.error, f.correction) for f in again]
 
 
+def test_a_fit_that_lies_on_disk_as_a_whole_takes_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[int]()
+    real = calibrate.beside
+    monkeypatch.setattr(calibrate, "beside", lambda m, p, batches: (given.append(len(batches)), real(m, p, batches))[1])
+    whole, _, fits = _fitted(LOW_RANK, CORRECTED, folder=tmp_path)
+    again, _, told = _fitted(LOW_RANK, CORRECTED, folder=tmp_path)
+    assert_same_weights(weights(whole), weights(again))
+    assert fits == told
+    next(tmp_path.glob("*.safetensors")).unlink()
+    _fitted(LOW_RANK, CORRECTED, folder=tmp_path)
+    assert given == [8, 1, 8]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_corrected(family: str) -> None:
     student, _, plan = swapped(Replace(language=Layer(n=4), vision=Layer(n=4)), family)
