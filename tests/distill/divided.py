@@ -34,6 +34,7 @@ def recipe(**changes: Any) -> Train:
         "train_also": ("*embed_tokens*",),
         "lora_rank": 2,
         "shard": True,
+        "hidden_weight": 0.5,
     }
     return train(**{**given, **changes})
 

@@ -21,7 +21,13 @@ FITS = {  # what is replaced, and how
     "corrected": (NARROW, Fit(prefix="corrected")),
     "blocks": (QUARTER, Fit(prefix="corrected", sweeps=1, block_epochs=4, block_learning_rate=3e-3)),
 }
-RECIPE: dict[str, Any] = {"batch_size": 5, "accumulation": 2, "checkpoint_every": 2, "weight_decay": 0.01}
+RECIPE: dict[str, Any] = {
+    "batch_size": 5,
+    "accumulation": 2,
+    "checkpoint_every": 2,
+    "weight_decay": 0.01,
+    "hidden_weight": 0.5,
+}
 
 
 def recipe(**changes: Any) -> Train:

@@ -3,13 +3,13 @@
     (1 − λ) CE + λ T² KL(teacher ‖ student) + μ · mean reconstruction + η · hidden states' error
 
 the first two over the assistant's tokens of its examples, the last over all of theirs. However the examples are
-divided, over processes and, where memory is short, over parts, every part's means are weighted by its answer tokens, so
-that the sum is the same. (Reconstruction is a ratio of whole batches: divided, it is the weighted mean of the parts'
-ratios. Hidden states' error is a mean over all tokens, weighted so as well.)
+divided, over processes and, where memory is short, over parts, every part's means are weighted by its answer tokens,
+the last by all its tokens, so that the sum is the same. (Reconstruction is a ratio of whole batches: divided, it is the
+weighted mean of the parts' ratios.)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -76,17 +76,18 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
         share = share_of(numbers[first : first + size])
         pieces = [piece for piece in _divided(share, parts) if piece]
         batches = [objective.batch_of(piece) for piece in pieces]
-        counts = torch.tensor([_num_answer_tokens(batch) for batch in batches], dtype=torch.float64)
-        total = counts.sum()
-        sum_([total])
-        for batch, piece, count in zip(batches, pieces, counts.tolist(), strict=True):
-            if divided and not count:
+        counts = torch.tensor([_num_tokens(batch) for batch in batches], dtype=torch.float64).view(-1, 2)
+        totals = counts.sum(0)
+        sum_([totals])
+        for batch, piece, (answers, tokens) in zip(batches, pieces, counts.tolist(), strict=True):
+            if divided and not answers:
                 raise TrainingError(f"Examples {piece} of step {step + 1} have no answers.", "Leave them out.")
-            if exhausted or not count:
+            if exhausted or not answers:
                 continue
-            weight = count / total.item() / train.accumulation
+            weight, of_all = (torch.tensor([answers, tokens]) / totals / train.accumulation).tolist()
             try:
                 terms = losses(objective, batch, piece)
+                terms = replace(terms, hidden=of_all / weight * terms.hidden)
                 loss = weight * terms.total(kd_weight_at(step, train), train.reconstruction_weight, train.hidden_weight)
                 loss.backward()
             except torch.OutOfMemoryError as error:
@@ -181,5 +182,9 @@ def _divided(numbers: Sequence[int], parts: int) -> list[Sequence[int]]:
     return [numbers[low:high] for low, high in pairwise(edges)]
 
 
-def _num_answer_tokens(batch: Batch) -> int:
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+def _num_tokens(batch: Batch) -> tuple[int, int]:
+    """Tokens of answers; and all that are no padding, where there is an answer."""
+    labels = batch["labels"]
+    answers = int((labels[:, 1:] != IGNORED).sum())
+    mask = batch.get("attention_mask")
+    return answers, (len(labels) if mask is None else int(mask.sum())) if answers else 0
