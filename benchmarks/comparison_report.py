@@ -133,15 +133,17 @@ def kept_table(files: Sequence[dict[str, Any]], *, short: bool) -> str:
 
 
 def _effort(cell: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str]:
-    """The fit's samples and the training's steps."""
+    """The fit's samples and the training's steps; the paper's fit takes no samples."""
+    if cell["method"] == "paper":
+        return "-", f"{settings['steps']}"
     least = BLOCKS["samples"] if cell["method"].endswith("by blocks") else 0
     hidden = ", hidden states" if settings.get("hidden_weight") else ""
     return f"{max(least, settings['calibration']):,}", f"{settings['steps']}{hidden}"
 
 
 def in_short(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What most will want to compare: methods as published, and of ours the best kinds, each with the fit that was
-    found to go furthest at that size."""
+    """What most will want to compare: methods as published, and of ours the best kinds, each with the last stage of
+    fitting that was measured at that size."""
 
     def kind(cell: dict[str, Any]) -> tuple[str, Any]:
         return cell["method"].removesuffix(", by blocks").removesuffix(", corrected"), cell["fraction"]
@@ -150,8 +152,8 @@ def in_short(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         return 2 if cell["method"].endswith(", by blocks") else int(cell["method"].endswith(", corrected"))
 
     cells = [cell for cell in cells if cell["method"] not in LEFT_OUT_IN_SHORT]
-    furthest = {kind(cell): stage(cell) for cell in sorted(cells, key=stage)}
-    return [cell for cell in cells if cell["method"] in PUBLISHED or stage(cell) == furthest[kind(cell)]]
+    last = {kind(cell): stage(cell) for cell in sorted(cells, key=stage)}
+    return [cell for cell in cells if cell["method"] in PUBLISHED or stage(cell) == last[kind(cell)]]
 
 
 def with_comparison(readme: str, kept: Kept) -> str:
@@ -255,11 +257,12 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
 def _long_part(files: Sequence[dict[str, Any]]) -> list[str]:
     if not files:
         return []
-    weights = [f"{own['settings']['hidden_weight']:g}" for own in files if own["settings"].get("hidden_weight")]
-    hidden = f" Hidden states: with their error, times {', '.join(weights)}, in the loss." if weights else ""
+    weights = {own["settings"].get("hidden_weight", 0.0) for own in files} - {0.0}
+    hidden = f" Hidden states: with their error, times {', '.join(f'{w:g}' for w in weights)}, in the loss."
     return [
         "## The reference model, with more calibration and training",
-        f"The same, fitted on more samples and trained for more steps.{hidden} {_machine(files[-1])}",
+        f"The same, fitted on more samples and trained for more steps.{hidden if weights else ''} "
+        + " ".join(dict.fromkeys(_machine(own) for own in files)),
         kept_table(files, short=False),
     ]
 

@@ -14,21 +14,22 @@ def test_time_left_is_in_minutes_and_seconds(seconds: float, text: str) -> None:
     assert time_left(seconds) == text
 
 
-def test_a_fits_rest_is_reckoned_by_the_parameters_of_the_last_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fits_rest_is_reckoned_by_the_last_ffns(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    monkeypatch.setattr(progress, "_RECENT", 2)
     the_plan = plan(FAMILIES["llama"].meta(), Replace(language=Layer(n=4), vision=None))
-    said, sizes = list[str](), [swap.dense_parameters for swap in the_plan.swaps]
+    said, names = list[str](), {swap.name: swap.spec.label for swap in the_plan.swaps}
     line = fit_progress(the_plan, said.append)
-    for i, swap in enumerate(the_plan.swaps):
-        now += 0.0 if i == 0 else 60.0  # the first lay on disk
-        line(LayerFit(swap.name, swap.spec.label, 0.25, None, 0, 3.0))
-    assert said[0].startswith(f"fit {the_plan.swaps[0].name}: {the_plan.swaps[0].spec.label}, error 0.2500")
-    assert said[0].endswith(f"; 1/{len(sizes)}, 0:00 left")
-    assert said[1].endswith(f"; 2/{len(sizes)}, {time_left(60 * sum(sizes[2:]) / sum(sizes[:2]))}")
-    assert said[2].endswith(f"; 3/{len(sizes)}, {time_left(120 * sum(sizes[3:]) / sum(sizes[1:3]))}")
-    assert said[-1].endswith(f"; {len(sizes)}/{len(sizes)}, 0:00 left")
+    for seconds, ffn in zip((0.0, 60.0, 90.0), the_plan.ffns, strict=True):  # of like size; the first lay on disk
+        now += seconds
+        for name in ffn.linears:
+            line(LayerFit(name, names[name], 0.25, None, 0, 3.0))
+    assert said[0].startswith(f"fit {the_plan.ffns[0].linears[0]}: {the_plan.swaps[0].spec.label}, error 0.2500")
+    assert [text.partition("; ")[2] for text in said] == [
+        *("1/9, 0:00 left", "2/9, 0:00 left", "3/9, 0:00 left"),
+        *("4/9, 0:30 left", "5/9, 0:30 left", "6/9, 0:30 left"),  # the median of none and a minute
+        *("7/9, 0:00 left", "8/9, 0:00 left", "9/9, 0:00 left"),
+    ]
 
 
 def test_batches_are_counted_every_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from hyperfade.algebra import rank_errors, together
-from hyperfade.distill.activations import Batch, second_moments, sensitivities
+from hyperfade.distill.activations import Batch, Moment, second_moments, sensitivities
 from hyperfade.distill.knapsack import cheapest
 from hyperfade.distill.sizes import Item, Option, items_of, same_share, size_text, sizes_of
 from hyperfade.recipe import Region, Replace, Rule
@@ -122,11 +122,7 @@ def allocate(
     sensitivity = sensitivities(model, linears, batches)
     error_of = dict[str, Callable[[Option], float]]()
     for names in gathered:
-        moments = second_moments(model, {name: linears[name] for name in names}, batches, ridge)
-        for name in names:  # of matrices on one input the second moment is taken once
-            moment = moments.pop(name)
-            assert isinstance(moment, Tensor)
-            error_of |= {item.name: _error_curve(item, moment) for item in readings[name]}
+        error_of |= _error_curves(second_moments(model, {n: linears[n] for n in names}, batches, ridge), readings)
 
     def loss(item: Item, option: Option) -> float:
         return sensitivity[item.measured] * error_of[item.name](option) ** 2
@@ -157,7 +153,7 @@ def allocate(
 
 
 class _Counted(Sequence[Batch]):
-    """Batches that are gone through `passes` times, with `on_batch` told after each how many are done and of all."""
+    """Batches that are gone through `passes` times; `on_batch` is told after each how many are done and of how many."""
 
     def __init__(self, batches: Sequence[Batch], passes: int, on_batch: Callable[[int, int], None]) -> None:
         self._batches, self._total, self._on_batch, self._done = batches, passes * len(batches), on_batch, 0
@@ -173,6 +169,18 @@ class _Counted(Sequence[Batch]):
             yield batch
             self._done += 1
             self._on_batch(self._done, self._total)
+
+
+def _error_curves(
+    moments: dict[str, Moment], readings: Mapping[str, Sequence[Item]]
+) -> dict[str, Callable[[Option], float]]:
+    """The predicted error of every item that reads what these moments are of, by its name."""
+    curves = {}
+    for name in list(moments):
+        moment = moments.pop(name)
+        assert isinstance(moment, Tensor)
+        curves |= {item.name: _error_curve(item, moment) for item in readings[name]}
+    return curves
 
 
 def _error_curve(item: Item, moment: Tensor) -> Callable[[Option], float]:

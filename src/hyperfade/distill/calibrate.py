@@ -85,9 +85,9 @@ def fit_(
     results: list[LayerFit] = []
     if recipe.prefix == "corrected" and recipe.method == "calibrated":
         behind = recipe.model_copy(update={"prefix": "compressed"})
-        finished = folder is not None and all(fit_file(folder, ffn.name).exists() for ffn in plan.ffns)
-        passing = batches[:1] if finished else batches  # one tells the order of use; all would take minutes
-        with closing(beside(model, plan, passing)) as parts:
+        on_disk = folder is not None and all(fit_file(folder, ffn.name).exists() for ffn in plan.ffns)
+        # the first batch alone tells the order of use; all of them would take minutes
+        with closing(beside(model, plan, batches[:1] if on_disk else batches)) as parts:
             for part, inputs, sends, aims in parts:
                 results += fit_(model, part, inputs, behind, folder, on_layer, None, sends, aims)
         missed = swaps.keys() - {layer.name for layer in results}

@@ -113,8 +113,10 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Ten
     width). mask (batch, length): 0 where a position is padding; one of another shape is not used. Errors are relative
     at every position, because a few positions of a language model have states a thousand times as large as others.
     """
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    errors = [checkpoint(_state_error, s, t, **how) for s, t in zip(student, teacher, strict=True)]
+    errors = [
+        checkpoint(_state_error, s, t, use_reentrant=False, preserve_rng_state=False)
+        for s, t in zip(student, teacher, strict=True)
+    ]
     error = torch.stack(errors).mean(0)
     if mask is None or mask.shape != error.shape:
         return error.mean()

@@ -4,8 +4,8 @@
 
 the first two over the assistant's tokens of its examples, the last over all of theirs. However the examples are
 divided, over processes and, where memory is short, over parts, every part's means are weighted by its answer tokens,
-the last by all its tokens, so that the sum is the same. (Reconstruction is a ratio of whole batches: divided, it is the
-weighted mean of the parts' ratios.)
+the last by all its tokens, so that the sum is the same. (Not quite: reconstruction is a ratio of whole batches, and
+divided it is the weighted mean of the parts' ratios; a part without an answer is left out, hidden states and all.)
 """
 
 from collections.abc import Callable, Sequence
@@ -79,15 +79,15 @@ def gradients_(objective: Objective, numbers: Sequence[int], step: int, parts: i
         counts = torch.tensor([_num_tokens(batch) for batch in batches], dtype=torch.float64).view(-1, 2)
         totals = counts.sum(0)
         sum_([totals])
-        for batch, piece, (answers, tokens) in zip(batches, pieces, counts.tolist(), strict=True):
-            if divided and not answers:
+        shares = counts / totals / train.accumulation
+        for batch, piece, (weight, share_of_tokens) in zip(batches, pieces, shares.tolist(), strict=True):
+            if divided and not weight > 0:
                 raise TrainingError(f"Examples {piece} of step {step + 1} have no answers.", "Leave them out.")
-            if exhausted or not answers:
+            if exhausted or not weight > 0:  # not a number, where no process has an answer
                 continue
-            weight, of_all = (torch.tensor([answers, tokens]) / totals / train.accumulation).tolist()
             try:
                 terms = losses(objective, batch, piece)
-                terms = replace(terms, hidden=of_all / weight * terms.hidden)
+                terms = replace(terms, hidden=share_of_tokens / weight * terms.hidden)
                 loss = weight * terms.total(kd_weight_at(step, train), train.reconstruction_weight, train.hidden_weight)
                 loss.backward()
             except torch.OutOfMemoryError as error:
@@ -121,9 +121,7 @@ def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTe
     """The losses of one batch: cross-entropy and KL are means over its answer tokens, hidden states' over all."""
     train, dtype = objective.train, objective.autocast_dtype
     labels = batch["labels"]
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
-    # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
-    autocast = torch.autocast(labels.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    inputs, autocast = _inputs(batch), _autocast(batch, dtype)
     if train.hidden_weight:
         inputs["output_hidden_states"] = True
     with autocast:
@@ -144,11 +142,11 @@ def losses(objective: Objective, batch: Batch, numbers: Sequence[int]) -> LossTe
 
 
 @torch.no_grad()
-def check_hidden_states(model: Any, batch: Batch, autocast_dtype: torch.dtype | None) -> None:
-    """Raises `TrainingError` where the model gives no hidden states, which `train.hidden_weight` needs."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with torch.autocast(batch["labels"].device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        _hidden_states(model(**inputs, output_hidden_states=True))
+def check_hidden_states(model: Any, batch: Batch, dtype: torch.dtype | None) -> None:
+    """Raises `TrainingError` where `model` gives no hidden states, which `train.hidden_weight` needs: one forward pass.
+    batch: as for training; dtype: of its autocast, None for none."""
+    with _autocast(batch, dtype):
+        _hidden_states(model(**_inputs(batch), output_hidden_states=True))
 
 
 def _hidden_states(output: Any) -> Sequence[Tensor]:
@@ -162,6 +160,15 @@ def _hidden_states(output: Any) -> Sequence[Tensor]:
         f"train.hidden_weight needs hidden states, and {type(output).__name__} has none.",
         "Set train.hidden_weight: 0.",
     )
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _autocast(batch: Batch, dtype: torch.dtype | None) -> torch.autocast:
+    # not accelerate's own mixed precision: that is fixed once per process, and recipes in one process may differ
+    return torch.autocast(batch["labels"].device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _sum_gradients_(trained: Sequence[nn.Parameter]) -> None:
@@ -183,8 +190,8 @@ def _divided(numbers: Sequence[int], parts: int) -> list[Sequence[int]]:
 
 
 def _num_tokens(batch: Batch) -> tuple[int, int]:
-    """Tokens of answers; and all that are no padding, where there is an answer."""
-    labels = batch["labels"]
-    answers = int((labels[:, 1:] != IGNORED).sum())
-    mask = batch.get("attention_mask")
-    return answers, (len(labels) if mask is None else int(mask.sum())) if answers else 0
+    """Tokens of answers, and all that are no padding; none of either without an answer."""
+    answers = int((batch["labels"][:, 1:] != IGNORED).sum())
+    if not answers:
+        return 0, 0
+    return answers, int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()

@@ -132,7 +132,10 @@ class Train(Section):
     @model_validator(mode="after")
     def _hidden_states_are_not_cached(self) -> Self:
         if self.hidden_weight and self.teacher == "cached":
-            raise ValueError("hidden_weight needs the teacher's hidden states, which are not cached: take teacher live")
+            raise ValueError(
+                "hidden_weight needs the teacher's hidden states, which are not cached: take teacher live, or "
+                "hidden_weight 0"
+            )
         return self
 
 

@@ -1,15 +1,16 @@
 """How far long work has come: callbacks that say what is done, and how long the rest takes by what it took so far."""
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
+from hyperfade.distill import LayerFit
 from hyperfade.report.lines import few_tokens_text, fit_text
 from hyperfade.surgery import Plan
 
 _SAY_SECONDS = 30.0
-_RECENT = 12  # matrices
+_RECENT = 5  # FFNs
 
 
 def time_left(seconds: float) -> str:
@@ -18,19 +19,24 @@ def time_left(seconds: float) -> str:
     return f"{minutes}:{rest:02d} left"
 
 
-def fit_progress(plan: Plan, say: Callable[[str], None]) -> Callable[[Any], None]:
-    """What is called with every finished `LayerFit` of the plan. What is left is reckoned by parameters, from the last
-    few: those that lie on disk from an earlier run take no time."""
+def fit_progress(plan: Plan, say: Callable[[str], None]) -> Callable[[LayerFit], None]:
+    """What is called with every finished `LayerFit` of the plan. An FFN's matrices come all at once; what is left is
+    reckoned by FFNs' parameters, from the last few FFNs: those that lie on disk from an earlier run take no time, and
+    the first may hold passes for all."""
     sizes = {swap.name: swap.dense_parameters for swap in plan.swaps}
-    num_matrices, last, recent = len(sizes), time.monotonic(), deque[tuple[float, int]](maxlen=_RECENT)
+    left = {ffn.name: sum(sizes.get(name, 0) for name in ffn.linears) for ffn in plan.ffns}
+    ffn_of = {name: ffn.name for ffn in plan.ffns for name in ffn.linears}
+    last, done, speeds = time.monotonic(), 0, deque[float](maxlen=_RECENT)
 
-    def line(layer: Any) -> None:
-        nonlocal last
-        last, before = time.monotonic(), last
-        recent.append((last - before, sizes.pop(layer.name)))
-        left = time_left(sum(sizes.values()) * sum(took for took, _ in recent) / sum(size for _, size in recent))
+    def line(layer: LayerFit) -> None:
+        nonlocal last, done
+        done, size = done + 1, left.pop(ffn_of[layer.name], 0)
+        if size:
+            last, before = time.monotonic(), last
+            speeds.append((last - before) / size)
         if layer.error is not None:
-            say(f"{fit_text(layer)}; {num_matrices - len(sizes)}/{num_matrices}, {left}")
+            rest = time_left(sum(left.values()) * statistics.median(speeds))
+            say(f"{fit_text(layer)}; {done}/{len(sizes)}, {rest}")
         if layer.few_tokens:
             say(f"fit {layer.name}: {few_tokens_text(layer.few_tokens)}")
 
@@ -38,7 +44,8 @@ def fit_progress(plan: Plan, say: Callable[[str], None]) -> Callable[[Any], None
 
 
 def batch_progress(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """What is called with how many batches are done and of how many, and says so every half a minute."""
+    """What is called with how many batches are done and of how many, and says so every half a minute. Where batches
+    with gradients come first, less than it says is left."""
     began = said = time.monotonic()
 
     def line(done: int, total: int) -> None:
