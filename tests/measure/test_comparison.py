@@ -13,6 +13,7 @@ from hyperfade.hub import EMBEDDED_FOLDER
 from hyperfade.pipeline import compress
 from hyperfade.recipe import Recipe, Replace
 from hyperfade.surgery import plan
+from hyperfade.workspace import read_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import ablation
@@ -53,23 +54,25 @@ def _arguments(*given: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "fraction"), [("half", 0.5), ("quarter", 0.25), ("eighth", 0.125)])
-def test_recipes_are_what_was_measured(name: str, fraction: float) -> None:
+def test_recipes_fit_as_the_comparison_does_and_train_as_its_longest_cells_did(name: str, fraction: float) -> None:
+    kept = read_json(report.FILES["comparison_hidden"])
+    settings, rates = kept["settings"], {cell["learning_rate"] for cell in kept["cells"].values()}
+    (rate,) = rates
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if key != "calibration"]
+    train = {"fade_steps": 0, "polish_steps": settings["steps"], "learning_rate": rate}
     by_budget = " by budget" if name == "eighth" else ""
-    methods = comparison.methods(fraction)
-    hypercomplex, widths = Recipe.load(name), Recipe.load(f"{name}-width")
-    for recipe, method in ((hypercomplex, f"products on fewer units{by_budget}"), (widths, "width by budget")):
-        args = _arguments("--steps", "400", "--hidden-weight", "30", "--teacher", "live", "--checkpoint-every", "50")
-        train = {"fade_steps": 0, "polish_steps": args.steps, "learning_rate": 1e-4}
-        measured = comparison.recipe(method, methods[f"{method}, by blocks"] | {"train": train}, args)
-        own, asked = recipe.replace.model_dump(), measured.replace.model_dump()
+    named = {name: f"products on fewer units{by_budget}", f"{name}-width": "width by budget"}
+    for recipe, method in ((Recipe.load(name), f"{method}, by blocks") for name, method in named.items()):
+        fields = comparison.methods(fraction)[method] | {"train": train}
+        built = comparison.recipe(method, fields, _arguments(*given))
+        own, asked = recipe.replace.model_dump(), built.replace.model_dump()
         for region in ("language", "vision"):  # recipes write a third as 0.3333
             assert own[region].pop("width") == pytest.approx(asked[region].pop("width"), abs=1e-4)
         assert own == asked
-        kept = {"sweeps", "batch_size"}
-        assert recipe.fit.model_dump(exclude=kept) == measured.fit.model_dump(exclude=kept)
-        assert recipe.train.model_dump(exclude={"teacher_folder"}) == measured.train.model_dump(
-            exclude={"teacher_folder"}
-        )
+        speed_alone = {"sweeps", "batch_size"}
+        assert recipe.fit.model_dump(exclude=speed_alone) == built.fit.model_dump(exclude=speed_alone)
+        speed_alone = {"teacher_folder", "checkpoint_every"}
+        assert recipe.train.model_dump(exclude=speed_alone) == built.train.model_dump(exclude=speed_alone)
 
 
 def test_every_ablation_is_a_recipe_that_changes_one_thing_at_the_same_size() -> None:
