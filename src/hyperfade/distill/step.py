@@ -190,8 +190,11 @@ def _divided(numbers: Sequence[int], parts: int) -> list[Sequence[int]]:
 
 
 def _num_tokens(batch: Batch) -> tuple[int, int]:
-    """Tokens of answers, and all that are no padding; none of either without an answer."""
-    answers = int((batch["labels"][:, 1:] != IGNORED).sum())
+    """Tokens of answers, and all that are no padding (without mask and ids, those of answers again); none of either
+    without an answer."""
+    answers, mask = int((batch["labels"][:, 1:] != IGNORED).sum()), batch.get("attention_mask")
     if not answers:
         return 0, 0
-    return answers, int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+    if mask is not None:
+        return answers, int(mask.sum())
+    return answers, batch["input_ids"].numel() if "input_ids" in batch else answers
