@@ -83,8 +83,8 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], dict[
         fields = paper()
         fade = round(0.7 * args.steps)
         fields["train"] |= {"fade_steps": fade, "polish_steps": args.steps - fade, "accumulation": 1}
-        fields["train"] |= {"teacher": "live"}  # at its temperature of 4 the likeliest tokens are not enough
-        fields["train"] |= {"hidden_weight": 0.0}
+        # at its temperature of 4 the likeliest tokens are not enough; and hidden states are not in its loss
+        fields["train"] |= {"teacher": "live", "hidden_weight": 0.0}
         yield "paper", {"method": "paper", "fraction": None}, fields
 
 
