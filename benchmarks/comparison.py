@@ -31,6 +31,7 @@ FRACTIONS = (0.5, 0.25, 0.125)
 NARROW = 0.75  # of its matrices' parameters, what a hypercomplex layer on fewer hidden units keeps
 
 BLOCKS: dict[str, Any] = {"prefix": "corrected", "block_epochs": 5, "samples": 512}  # fewer would be learnt by heart
+BUDGET: dict[str, Any] = {"budget_samples": 512}  # the fit gains by more, where more are asked for; a budget only waits
 CORRECTED = ("low-rank, whitened", "width by budget", "products on fewer units", "products on fewer units by budget")
 
 
@@ -57,7 +58,7 @@ def methods(fraction: float) -> dict[str, dict[str, Any]]:
     }
     for name in CORRECTED:
         found[f"{name}, corrected"] = found[name] | {"fit": {"prefix": "corrected"}}
-        found[f"{name}, by blocks"] = found[name] | {"fit": BLOCKS}
+        found[f"{name}, by blocks"] = found[name] | {"fit": BLOCKS | (BUDGET if name.endswith("by budget") else {})}
     return found
 
 

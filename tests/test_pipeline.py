@@ -369,7 +369,7 @@ def test_a_run_without_training_distributes_its_budget_is_fitted_saved_and_measu
 ) -> None:
     train = {"fade_steps": 0, "polish_steps": 0}
     replace = SMALL | {"vision": {"kind": "low_rank"}, "budget": 0.3}
-    fit = {"prefix": "corrected", "block_epochs": 4, "samples": 128, "batch_size": 8}
+    fit = {"prefix": "corrected", "block_epochs": 4, "samples": 128, "budget_samples": 16, "batch_size": 8}
     recipe = recipe_for(tmp_path / "out", replace=replace, fit=fit, train=train, data={"evaluation_limit": 8})
     lines: Lines = []
     results = compress(recipe, lines.append)
@@ -386,6 +386,8 @@ def test_a_run_without_training_distributes_its_budget_is_fitted_saved_and_measu
     built = load(str(tmp_path / "out" / "model"), "float32")
     after = {s["name"]: sum(p.numel() for p in built.get_submodule(s["name"]).parameters()) for s in shares}
     assert after == {share["name"]: share["parameters"] for share in shares}
+    measured = [line for line in lines if "measuring" in line]
+    assert measured[0] == "[compressed] measuring what errors of every FFN cost, on 16 training samples"
     told = [line for line in lines if "budget: " in line]
     assert told[-1].startswith("[compressed] budget: ")
     assert all(share["name"] in (tmp_path / "out" / "report.md").read_text(encoding="utf-8") for share in shares)

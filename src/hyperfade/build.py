@@ -65,7 +65,7 @@ def build(variant: Variant, task: Task, say: Say) -> dict[str, Any]:
     if train.hidden_weight:  # before a long fit, not after it
         check_hidden_states(student, task.training_batch([0]), autocast_dtype(student, train))
     batches = _calibration(variant, task)
-    allocation = _allocation(variant, student, batches, say)
+    allocation = _allocation(variant, student, batches, task, say)
     the_plan = plan(student, allocation.replace if allocation else variant.replace)
     for line in plan_lines(the_plan):
         say(f"[{variant.name}] {line}")
@@ -172,15 +172,21 @@ def _quantized_(student: Any, variant: Variant, task: Task, storage: torch.dtype
     }
 
 
-def _allocation(variant: Variant, student: Any, batches: list[dict[str, Tensor]], say: Say) -> Allocation | None:
+def _allocation(
+    variant: Variant, student: Any, batches: list[dict[str, Tensor]], task: Task, say: Say
+) -> Allocation | None:
     """What replace.budget comes to, measured on the dense model or found in the work folder; None without a budget."""
     if variant.replace.budget is None:
         return None
     file = variant.work / "allocation.json"
     if not file.exists():
-        say(f"[{variant.name}] measuring what errors of every FFN cost, on {variant.fit.samples} training samples")
+        fit = variant.fit
+        if fit.budget_samples is not None:
+            fit = fit.model_copy(update={"samples": fit.budget_samples})
+            batches = task.calibration_batches(fit)
+        say(f"[{variant.name}] measuring what errors of every FFN cost, on {fit.samples} training samples")
         progress = batch_progress(f"[{variant.name}] measuring", say)
-        measured = allocate(student, variant.replace, batches, variant.fit.ridge, progress)
+        measured = allocate(student, variant.replace, batches, fit.ridge, progress)
         if is_first():
             write_json(file, measured.to_dict())
     wait()

@@ -40,6 +40,9 @@ class Fit(Section):
     block_learning_rate: Number = Field(default=1e-3, gt=0, description="peak learning rate of block_epochs")
     sweeps: int = Field(default=12, ge=1, description="alternating least-squares sweeps per matrix")
     samples: int = Field(default=128, ge=1, description="training samples whose activations calibrate the fit")
+    budget_samples: int | None = Field(
+        default=None, ge=1, description="training samples that replace.budget is measured on [default: samples]"
+    )
     batch_size: int = Field(default=16, ge=1, description="samples per calibration forward pass")
     ridge: Number = Field(default=1e-6, ge=0, description="added to C's diagonal, relative to its mean")
     expert_prior: Number = Field(
