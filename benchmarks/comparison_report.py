@@ -8,7 +8,8 @@ been run, `comparison.py` (with more steps in the files of LONG) and `ablation.p
 """
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,20 @@ from hyperfade.workspace import read_json
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 README = PAGE.parent.parent / "README.md"
 BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
-PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "speed")}
+PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "frontier")}
 LONG = ("comparison_long", "comparison_hidden")
 FILES = {
     name: RESULTS.with_name(f"{name}.json")
     for name in ("perplexity", "ffn_quality", "comparison", *LONG, "ablation", "block_spectrum")
 }
 ADVICE = RESULTS.with_name("advice.md")
-# in short: those that are behind others of their kind at every size are left to the page, published ones stay
-LEFT_OUT_IN_SHORT = ("products", "generic", "products + companion", "width, writer refitted")
 PUBLISHED = ("low-rank, whitened", "width pruning", "paper")
+# the best kinds, however they were fitted: how their methods begin, and what plots call them; tables have all
+KINDS = {
+    "width by budget": "widths by a budget",
+    "products on fewer units": "products on fewer units",
+    "low-rank, whitened": "low-rank, mended",
+}
 _COLORS = (
     *("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf"),
     *("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#bcbd22", "#000000"),
@@ -40,6 +45,44 @@ _COLORS = (
 
 Kept = dict[str, dict[str, Any]]
 """The results files that are there, by name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell, and the settings of the file that holds it."""
+
+    cell: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def samples(self) -> int:
+        """What the fit saw."""
+        least = BLOCKS["samples"] if self.cell["method"].endswith("by blocks") else 0
+        return max(least, self.settings["calibration"])
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden states taught."""
+        return bool(self.settings.get("hidden_weight"))
+
+    @property
+    def kl(self) -> dict[str, float]:
+        """From the dense model, before training and after."""
+        return {when: self.cell["agreement"][when]["kl"] for when in ("before", "after")}
+
+    @property
+    def kind(self) -> str | None:
+        """The method as published, or which of `KINDS` it is; None for others."""
+        method = self.cell["method"]
+        if method in PUBLISHED:
+            return method
+        return next((kind for start, kind in KINDS.items() if method.startswith(start)), None)
+
+    @property
+    def effort(self) -> tuple[int, int, bool, int, float]:
+        """Of two of a kind, the one to show has more: samples, steps, hidden states, mending; then the lower loss."""
+        stage = 2 * self.cell["method"].endswith("by blocks") + self.cell["method"].endswith("corrected")
+        return self.samples, self.settings["steps"], self.hidden, stage, -self.cell["loss_after"]
 
 
 def best_rates(cells: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,50 +161,49 @@ def perplexity_table(kept: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def kept_table(files: Sequence[dict[str, Any]], *, short: bool) -> str:
-    """What each model of these results keeps of the dense one's scores, and how like it they are, before training and
-    after; `short`: `in_short`."""
-    tasks, rows = list(files[0]["dense"]["scores"]), list[tuple[float, float, list[str]]]()
-    for own in files:
-        cells = best_rates(own["cells"])
-        for cell in in_short(cells) if short else cells:
-            row = [f"{cell['ffn_params_ratio']:.1%}", cell["method"], *_effort(cell, own["settings"])]
-            row += [*(_kept(cell, task) for task in tasks), *_agreement(cell)]
-            rows.append((-(cell["fraction"] or 1), cell["agreement"]["after"]["kl"], row))
+def measured(kept: Kept, names: Iterable[str] = ("comparison", *LONG)) -> list[Measured]:
+    """All models of these results files, at the learning rate that is shown."""
+    files = [kept[name] for name in names if name in kept]
+    return [Measured(cell, own["settings"]) for own in files for cell in best_rates(own["cells"])]
+
+
+def in_short(found: Iterable[Measured]) -> list[Measured]:
+    """What most will want to compare: methods as published, and of the best kinds at every size what was fitted and
+    trained furthest (as far as another, the one with the lower training loss)."""
+    furthest: dict[tuple[str | None, Any], Measured] = {}
+    for one in found:
+        key = (one.kind, one.cell["fraction"])
+        if one.kind and (key not in furthest or one.effort > furthest[key].effort):
+            furthest[key] = one
+    return list(furthest.values())
+
+
+def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
+    """What each model keeps of the dense one's scores, how near to it it is before training and after, and how much
+    faster."""
+    rows = [
+        [
+            f"{one.cell['ffn_params_ratio']:.1%}",
+            one.cell["method"],
+            "-" if one.cell["method"] == "paper" else f"{one.samples:,}",  # its fit takes none
+            f"{one.settings['steps']}{', hidden states' if one.hidden else ''}",
+            *(_kept(one.cell, task) for task in tasks),
+            f"{kl['before']:.2f} → {kl['after']:.2f}",
+            *(ratio(one.cell[f"{part}_speedup"]) for part in ("prefill", "decode")),
+        ]
+        for one in sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl["after"]))
+        for kl in (one.kl,)
+    ]
     head = ["FFN parameters", "method", "samples", "steps", *(f"{task} kept" for task in tasks)]
-    return table([*head, "same next token before → after", "KL before → after"], [row for *_, row in sorted(rows)])
-
-
-def _effort(cell: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str]:
-    """The fit's samples and the training's steps; the paper's fit takes no samples."""
-    if cell["method"] == "paper":
-        return "-", f"{settings['steps']}"
-    least = BLOCKS["samples"] if cell["method"].endswith("by blocks") else 0
-    hidden = ", hidden states" if settings.get("hidden_weight") else ""
-    return f"{max(least, settings['calibration']):,}", f"{settings['steps']}{hidden}"
-
-
-def in_short(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What most will want to compare: methods as published, and of ours the best kinds, each with the last stage of
-    fitting that was measured at that size."""
-
-    def kind(cell: dict[str, Any]) -> tuple[str, Any]:
-        return cell["method"].removesuffix(", by blocks").removesuffix(", corrected"), cell["fraction"]
-
-    def stage(cell: dict[str, Any]) -> int:
-        return 2 if cell["method"].endswith(", by blocks") else int(cell["method"].endswith(", corrected"))
-
-    cells = [cell for cell in cells if cell["method"] not in LEFT_OUT_IN_SHORT]
-    last = {kind(cell): stage(cell) for cell in sorted(cells, key=stage)}
-    return [cell for cell in cells if cell["method"] in PUBLISHED or stage(cell) == last[kind(cell)]]
+    return table([*head, "KL before → after", "prefill", "decode"], rows)
 
 
 def with_comparison(readme: str, kept: Kept) -> str:
     """The README's text with the part between the markers made anew."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    files = [kept[name] for name in ("comparison", *LONG) if name in kept]
-    return f"{head}{BEGIN}{marker}\n{kept_table(files, short=True)}\n{END}{rest.split(END, 1)[1]}"
+    found = kept_table(in_short(measured(kept)), kept["comparison"]["dense"]["scores"])
+    return f"{head}{BEGIN}{marker}\n{found}\n{END}{rest.split(END, 1)[1]}"
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
@@ -199,7 +241,7 @@ def page(kept: Kept, advice: str) -> str:
         *_perplexity_part(kept["perplexity"]),
         *_ffn_part(kept["ffn_quality"]),
         *(_reference_part(kept["comparison"]) if "comparison" in kept else ()),
-        *_long_part([kept[name] for name in LONG if name in kept]),
+        *_long_part(kept),
         *(_ablation_part(kept["ablation"]) if "ablation" in kept else ()),
         *_bound_part(kept["block_spectrum"]),
     ]
@@ -246,15 +288,17 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
         f"from the dense model's has an interval without zero. Before and after training, on the answer tokens of "
         f"{EXAMPLES} test examples with the true tokens before them: how often the most likely next token is the dense "
         f"model's, and the KL from it in nats. Speed: bfloat16, one prompt with an image, medians and quartiles "
-        f"against dense in one run. {_machine(kept)}",
+        f"against dense in one run. {_machine(kept)} The plots show what the README's table shows: of each kind the "
+        f"model that was fitted and trained furthest, how far stands there.",
     ]
     for fraction in (f for f in (*FRACTIONS, None) if f in present):
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]
         parts += [comparison_table(kept, fraction)]
-    return [*parts, *(f"![{name} against size]({PLOTS[name].name})" for name in ("quality", "speed"))]
+    return [*parts, *(f"![{name}]({PLOTS[name].name})" for name in ("quality", "frontier"))]
 
 
-def _long_part(files: Sequence[dict[str, Any]]) -> list[str]:
+def _long_part(kept: Kept) -> list[str]:
+    files = [kept[name] for name in LONG if name in kept]
     if not files:
         return []
     weights = {own["settings"].get("hidden_weight", 0.0) for own in files} - {0.0}
@@ -263,7 +307,7 @@ def _long_part(files: Sequence[dict[str, Any]]) -> list[str]:
         "## The reference model, with more calibration and training",
         f"The same, fitted on more samples and trained for more steps.{hidden if weights else ''} "
         + " ".join(dict.fromkeys(_machine(own) for own in files)),
-        kept_table(files, short=False),
+        kept_table(measured(kept, LONG), files[0]["dense"]["scores"]),
     ]
 
 
@@ -334,29 +378,30 @@ def plot(kept: Kept) -> None:
     )
     if "comparison" not in kept:
         return
-    cells = [cell for cell in best_rates(kept["comparison"]["cells"]) if cell["fraction"]]
+    shown = [one for one in in_short(measured(kept)) if one.kind and one.cell["fraction"]]
     heads = {task: own["headline"] for task, own in kept["comparison"]["dense"]["scores"].items()}
     _draw(
         {
             task: (
                 "share of the FFN parameters",
                 metric_label(metric),
-                [(c["method"], c["fraction"], c["scores"][task][metric]["value"]) for c in cells],
+                [(one.kind, one.cell["fraction"], one.cell["scores"][task][metric]["value"]) for one in shown],
             )
             for task, metric in heads.items()
         },
         PLOTS["quality"],
     )
+    axes_of = {
+        "size": ("MB on disk", lambda cell: cell["disk_bytes"] / 1e6),
+        "prefill": ("times dense", lambda cell: cell["prefill_speedup"][0]),
+        "decode": ("times dense", lambda cell: cell["decode_speedup"][0]),
+    }
     _draw(
         {
-            part: (
-                "times dense",
-                "KL to the dense model",
-                [(c["method"], c[f"{part}_speedup"][0], c["agreement"]["after"]["kl"]) for c in cells],
-            )
-            for part in ("prefill", "decode")
+            title: (label, "KL to the dense model", [(one.kind, x_of(one.cell), one.kl["after"]) for one in shown])
+            for title, (label, x_of) in axes_of.items()
         },
-        PLOTS["speed"],
+        PLOTS["frontier"],
     )
 
 

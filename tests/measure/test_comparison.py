@@ -113,18 +113,24 @@ def test_training_loss_alone_chooses_the_learning_rate() -> None:
     ]
 
 
-def test_in_short_stand_published_methods_and_of_each_kind_the_fit_that_goes_furthest() -> None:
+def test_in_short_stand_published_methods_and_of_each_kind_what_was_fitted_and_trained_furthest() -> None:
+    short = {"steps": 60, "calibration": 128}
     stages = ("low-rank, whitened", "low-rank, whitened, corrected", "low-rank, whitened, by blocks")
     stages += ("width by budget, corrected", "width by budget", "products", "width pruning")
-    cells = [_cell(method, 1e-4, 1.0) for method in stages] + [
-        {**_cell("width by budget", 1e-4, 1.0), "fraction": 0.25}
-    ]
-    assert [(cell["method"], cell["fraction"]) for cell in report.in_short(cells)] == [
-        ("low-rank, whitened", 0.5),
-        ("low-rank, whitened, by blocks", 0.5),
-        ("width by budget, corrected", 0.5),
-        ("width pruning", 0.5),
-        ("width by budget", 0.25),
+    found = [report.Measured(_cell(method, 1e-4, 1.0), short) for method in stages]
+    found += [report.Measured(_cell("products on fewer units", 1e-4, 1.0), short)]
+    found += [report.Measured(_cell("products on fewer units by budget", 1e-4, 0.9), short)]
+    long, longest = short | {"steps": 400}, short | {"steps": 400, "hidden_weight": 30.0}
+    found += [report.Measured(_cell("width by budget, by blocks", 1e-4, 2.0), settings) for settings in (long, longest)]
+    found += [report.Measured({**_cell("width by budget", 1e-4, 1.0), "fraction": 0.25}, short)]
+    shown = [(one.cell["method"], one.cell["fraction"], one.settings) for one in report.in_short(found)]
+    assert shown == [
+        ("low-rank, whitened", 0.5, short),
+        ("low-rank, whitened, by blocks", 0.5, short),
+        ("width by budget, by blocks", 0.5, longest),
+        ("width pruning", 0.5, short),
+        ("products on fewer units by budget", 0.5, short),
+        ("width by budget", 0.25, short),
     ]
 
 
