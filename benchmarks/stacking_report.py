@@ -10,7 +10,7 @@ from rounding_quality import GROUPINGS
 from stacking import CALIBRATED, FORMATS, METHODS, MODELS, SAMPLES
 
 BEGIN, END = "<!-- stacking:begin", "<!-- stacking:end -->"
-IN_README = ("dense", "products n=4", "products n=2", "recipe quarter")
+IN_README = ("dense", "recipe quarter")
 TITLES = {"embedded": "the model that ships", "language": "SmolLM2-135M"}
 MOST_POINTS, MOST_RATIO, MOST_BYTES = 0.5, 0.03, 0.08
 Kept = Mapping[str, Any]
