@@ -179,8 +179,8 @@ def in_short(found: Iterable[Measured]) -> list[Measured]:
 
 
 def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
-    """What each model keeps of the dense one's scores, how near to it it is before training and after, and how much
-    faster."""
+    """What each model keeps of the dense one's scores, how near to it it is before training and after, how large, and
+    how much faster."""
     rows = [
         [
             f"{one.cell['ffn_params_ratio']:.1%}",
@@ -189,21 +189,25 @@ def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
             f"{one.settings['steps']}{', hidden states' if one.hidden else ''}",
             *(_kept(one.cell, task) for task in tasks),
             f"{kl['before']:.2f} → {kl['after']:.2f}",
+            _megabytes(one.cell),
             *(ratio(one.cell[f"{part}_speedup"]) for part in ("prefill", "decode")),
         ]
         for one in sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl["after"]))
         for kl in (one.kl,)
     ]
     head = ["FFN parameters", "method", "samples", "steps", *(f"{task} kept" for task in tasks)]
-    return table([*head, "KL before → after", "prefill", "decode"], rows)
+    return table([*head, "KL before → after", "on disk", "prefill", "decode"], rows)
 
 
 def with_comparison(readme: str, kept: Kept) -> str:
-    """The README's text with the part between the markers made anew."""
+    """The README's text with the part between the markers made anew: the table, and what its shares are of."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    found = kept_table(in_short(measured(kept)), kept["comparison"]["dense"]["scores"])
-    return f"{head}{BEGIN}{marker}\n{found}\n{END}{rest.split(END, 1)[1]}"
+    dense = kept["comparison"]["dense"]
+    found = kept_table(in_short(measured(kept)), dense["scores"])
+    scores = ", ".join(f"{task} {metric_label(own['headline'])} {_score(own)}" for task, own in dense["scores"].items())
+    whole = f"Dense: {scores}; {_millions(dense)} parameters, {_megabytes(dense)}."
+    return f"{head}{BEGIN}{marker}\n{found}\n\n{whole}\n{END}{rest.split(END, 1)[1]}"
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
