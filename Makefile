@@ -50,6 +50,7 @@ benchmark-quality: reference
 	$(BIN)/python benchmarks/ffn_quality.py --text $(TEXT)
 	$(BIN)/python benchmarks/perplexity.py --text $(TEXT)
 	$(BIN)/python benchmarks/comparison.py
+	$(BIN)/python benchmarks/corrected_memory.py
 	$(BIN)/python benchmarks/block_spectrum.py
 	$(BIN)/python benchmarks/comparison_report.py
 	$(BIN)/python benchmarks/quantization.py --text $(TEXT)
