@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hyperfade.distill.activations import Batch, Run
 from hyperfade.distill.correction import Aim
 from hyperfade.distill.landing import Landing, first_tensor, landings
-from hyperfade.distill.passes import Pass, parts_of, sends_again, stops
+from hyperfade.distill.passes import Pass, parts_of, sends_again, stops, trim
 from hyperfade.errors import FitError
 from hyperfade.surgery import Plan, blends
 
@@ -55,9 +55,11 @@ def beside(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Generator[
                 for each in here:
                     each.go_on()
                 watch.forget([ffn.name for ffn in part.ffns])
+                trim()
     finally:
         for each in (*dense, *compressed):
             each.end()
+        trim()
 
 
 class _Watch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hyperfade.distill.activations import Batch
 from hyperfade.distill.calibrate import fit_, never_reached
 from hyperfade.distill.matrices import LayerFit
-from hyperfade.distill.passes import Pass, parts_of, sends_again, stops
+from hyperfade.distill.passes import Pass, parts_of, sends_again, stops, trim
 from hyperfade.errors import FitError
 from hyperfade.recipe import Fit as FitRecipe
 from hyperfade.surgery import Plan, blends, swap_
@@ -93,9 +93,11 @@ def _fit_on_the_way(
                         model.set_submodule(swapped, blend.light if light else _filled(empty[swapped], swapped, read))
                     for each in here.values():
                         each.go_on() if left else each.end()
+                trim()
     finally:
         for each in passes:
             each.end()
+        trim()
     return results
 
 
