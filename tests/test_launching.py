@@ -121,7 +121,8 @@ def test_a_divided_run_ends_with_the_same_ordinary_checkpoint(whole: Path, tmp_p
     one, other = (load_file(path / "model" / "model.safetensors") for path in (whole / "out", recipe.output))
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6)  # observed 3e-8
+        # observed 3e-8, on another kind of processor 3e-6: Adam makes a step of what is next to nothing
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
 
 
 def test_a_kill_of_one_process_ends_all_and_the_same_command_continues(whole: Path, tmp_path: Path) -> None:

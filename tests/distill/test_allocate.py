@@ -306,7 +306,7 @@ def test_predicted_errors_are_those_of_the_fit(kind: str) -> None:
     compared = [(s.error, fits[writers.get(s.name, s.name)].error) for s in found.shares if s.size != "dense"]
     assert len(compared) >= 4
     for predicted, fitted in compared:
-        assert predicted == pytest.approx(fitted, rel=1e-9)  # observed 4e-16
+        assert predicted == pytest.approx(fitted, rel=1e-6)  # observed 4e-16; on another kind of processor 3e-8
 
 
 def test_matrices_on_one_input_share_a_second_moment_and_memory_is_kept_within_a_limit(
