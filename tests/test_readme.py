@@ -40,3 +40,14 @@ def test_the_peak_it_names_is_the_measured_one() -> None:
     assert f"{measured['disk_bytes']['source'] / 1e9:.1f} GB on disk" in README
     assert f"a peak of\n{measured['peak_bytes'] / 1e9:.1f} GB" in README
     assert measured["peak_bytes"] < 4e9
+
+
+def test_the_memory_of_a_fit_it_names_is_the_measured_one() -> None:
+    fits = json.loads((ROOT / "benchmarks/results/corrected_memory.json").read_text(encoding="utf-8"))["fits"]
+    usual, one_arena = (next(fit for fit in fits if bool(fit["environment"]) is less) for less in (False, True))
+    assert (
+        f"{usual['samples']} samples of the reference model, {usual['tokens']:,} tokens of width {usual['width']}"
+        in README
+    )
+    assert f"took\n{usual['fit_bytes'] / 1e9:.1f} GB beside the model" in README
+    assert f"in the environment {one_arena['fit_bytes'] / 1e9:.1f} GB" in README
