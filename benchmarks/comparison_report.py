@@ -66,9 +66,9 @@ class Measured:
         return bool(self.settings.get("hidden_weight"))
 
     @property
-    def kl(self) -> dict[str, float]:
-        """From the dense model, before training and after."""
-        return {when: self.cell["agreement"][when]["kl"] for when in ("before", "after")}
+    def kl(self) -> float:
+        """From the dense model, after training."""
+        return self.cell["agreement"]["after"]["kl"]
 
     @property
     def kind(self) -> str | None:
@@ -188,12 +188,11 @@ def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
             "-" if one.cell["method"] == "paper" else f"{one.samples:,}",  # its fit takes none
             f"{one.settings['steps']}{', hidden states' if one.hidden else ''}",
             *(_kept(one.cell, task) for task in tasks),
-            f"{kl['before']:.2f} → {kl['after']:.2f}",
+            _agreement(one.cell)[1],
             _megabytes(one.cell),
             *(ratio(one.cell[f"{part}_speedup"]) for part in ("prefill", "decode")),
         ]
-        for one in sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl["after"]))
-        for kl in (one.kl,)
+        for one in sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl))
     ]
     head = ["FFN parameters", "method", "samples", "steps", *(f"{task} kept" for task in tasks)]
     return table([*head, "KL before → after", "on disk", "prefill", "decode"], rows)
@@ -402,7 +401,7 @@ def plot(kept: Kept) -> None:
     }
     _draw(
         {
-            title: (label, "KL to the dense model", [(one.kind, x_of(one.cell), one.kl["after"]) for one in shown])
+            title: (label, "KL to the dense model", [(one.kind, x_of(one.cell), one.kl) for one in shown])
             for title, (label, x_of) in axes_of.items()
         },
         PLOTS["frontier"],

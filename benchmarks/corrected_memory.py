@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from comparison import arguments, methods, recipe
 
 from hyperfade.distill import LayerFit, fit_
@@ -45,11 +44,10 @@ def _peak_bytes() -> int:
 
 def measured(samples: int) -> dict[str, Any]:
     """What the fit takes in this process: bytes, and of how many tokens."""
-    args = arguments("", RESULTS, Path("runs/corrected_memory")).parse_args([])
+    args = arguments("", RESULTS, Path("runs/corrected_memory")).parse_args(["--calibration", str(samples)])
     fields = methods(0.25)["low-rank, whitened, by blocks"] | {"train": {}}
     fields["fit"] |= {"samples": samples, "block_epochs": 1}
     asked = recipe("memory", fields, args)
-    asked = asked.model_copy(update={"fit": asked.fit.model_copy(update={"samples": samples})})
     model = load(asked.model, asked.dtype)
     task = open_task(asked, model)
     batches = task.calibration_batches(asked.fit)
@@ -81,7 +79,7 @@ def main() -> None:
             told = subprocess.run(command, env=os.environ | less, check=True, stdout=subprocess.PIPE, text=True).stdout
             found.append({"samples": samples, "environment": less, **json.loads(told.splitlines()[-1])})
             print(found[-1], flush=True)
-    write_json(RESULTS, {"machine": machine(), "threads": torch.get_num_threads(), "fits": found})
+    write_json(RESULTS, {"machine": machine(), "fits": found})
 
 
 if __name__ == "__main__":
