@@ -238,9 +238,8 @@ def run(
         print(f"== {name}", flush=True)
         made, results = run_cell(name, fields, args)
         cell = summary(made.output, results, fields["train"].get("learning_rate"))
-        cell |= {"agreement": agreement(made)}
+        cell |= {"agreement": agreement(made), "machine": machine()}
         kept = read()
-        kept["machine"] = machine()
         details = results["quality"]["details"]["dense"]
         kept["dense"] = {
             "scores": {t: {"headline": own["headline"], **own["scores"]} for t, own in details["tasks"].items()},

@@ -8,6 +8,7 @@ been run, `comparison.py` (with more steps in the files of LONG) and `ablation.p
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ KINDS = {
     "products on fewer units": "products on fewer units",
     "low-rank, whitened": "low-rank, mended",
 }
+_MARKS = ("", "†", "‡", "§", "¶")  # of processors
 _COLORS = (
     *("#7f7f7f", "#e377c2", "#d62728", "#1f77b4", "#17becf"),
     *("#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#bcbd22", "#000000"),
@@ -180,7 +182,10 @@ def in_short(found: Iterable[Measured]) -> list[Measured]:
 
 def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
     """What each model keeps of the dense one's scores, how near to it it is before training and after, how large, and
-    how much faster."""
+    how much faster, on which processor: marked where it is not the one that measured most of them."""
+    found = sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl))
+    processors = Counter(_processor(one.cell) for one in found)
+    marks = {where: _MARKS[place] for place, (where, _) in enumerate(processors.most_common())}
     rows = [
         [
             f"{one.cell['ffn_params_ratio']:.1%}",
@@ -190,12 +195,21 @@ def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
             *(_kept(one.cell, task) for task in tasks),
             _agreement(one.cell)[1],
             _megabytes(one.cell),
-            *(ratio(one.cell[f"{part}_speedup"]) for part in ("prefill", "decode")),
+            *(ratio(one.cell[f"{part}_speedup"]) + marks[_processor(one.cell)] for part in ("prefill", "decode")),
         ]
-        for one in sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl))
+        for one in found
     ]
     head = ["FFN parameters", "method", "samples", "steps", *(f"{task} kept" for task in tasks)]
-    return table([*head, "KL before → after", "on disk", "prefill", "decode"], rows)
+    places = "; ".join(f"{mark} {where}".strip() for where, mark in marks.items())
+    return (
+        table([*head, "KL before → after", "on disk", "prefill", "decode"], rows)
+        + f"\n\nPrefill and decode: times dense, in bfloat16, on {places}."
+    )
+
+
+def _processor(cell: dict[str, Any]) -> str:
+    """What a cell's speeds were measured on."""
+    return f"{cell['machine']['processor']}, {cell['machine']['threads']} threads"
 
 
 def with_comparison(readme: str, kept: Kept) -> str:
@@ -291,8 +305,8 @@ def _reference_part(kept: dict[str, Any]) -> list[str]:
         f"from the dense model's has an interval without zero. Before and after training, on the answer tokens of "
         f"{EXAMPLES} test examples with the true tokens before them: how often the most likely next token is the dense "
         f"model's, and the KL from it in nats. Speed: bfloat16, one prompt with an image, medians and quartiles "
-        f"against dense in one run. {_machine(kept)} The plots show what the README's table shows: of each kind the "
-        f"model that was fitted and trained furthest, how far stands there.",
+        f"against dense in one run. {_machines(kept['cells'].values())} The plots show what the "
+        f"README's table shows: of each kind the model that was fitted and trained furthest, how far stands there.",
     ]
     for fraction in (f for f in (*FRACTIONS, None) if f in present):
         parts += [f"### {fraction:g} of the FFN parameters" if fraction else "### The paper's recipe"]
@@ -309,7 +323,7 @@ def _long_part(kept: Kept) -> list[str]:
     return [
         "## The reference model, with more calibration and training",
         f"The same, fitted on more samples and trained for more steps.{hidden if weights else ''} "
-        + " ".join(dict.fromkeys(_machine(own) for own in files)),
+        + _machines(cell for own in files for cell in own["cells"].values()),
         kept_table(measured(kept, LONG), files[0]["dense"]["scores"]),
     ]
 
@@ -337,7 +351,8 @@ def _ablation_part(kept: dict[str, Any]) -> list[str]:
         "## What each ingredient is worth",
         f"The reference model by plain products (n = 4, {', '.join(f'{f:g}' for f in fractions)} of the FFN parameters,"
         f" calibrated fit, no fade, mostly KL), with one thing changed at a time; {settings['steps']} steps of "
-        f"{settings['batch_size']} conversations, {settings['examples']} unseen test examples. {_machine(kept)}",
+        f"{settings['batch_size']} conversations, {settings['examples']} unseen test examples. "
+        f"{_machines(kept['cells'].values())}",
         ablation_table(kept),
     ]
 
@@ -355,11 +370,17 @@ def _bound_part(kept: dict[str, Any]) -> list[str]:
 
 
 def _machine(kept: dict[str, Any]) -> str:
+    """Where and when something was measured that knows its machine: a results file, or a cell."""
     facts = kept["machine"]
     return (
         f"Machine: {facts['processor']}, {facts['threads']} threads, accelerator {facts['accelerator']}; torch "
         f"{facts['torch']}, transformers {facts['transformers']}; {facts['date']}."
     )
+
+
+def _machines(cells: Iterable[dict[str, Any]]) -> str:
+    """The same of all cells."""
+    return " ".join(sorted({_machine(cell) for cell in cells}))
 
 
 def plot(kept: Kept) -> None:
@@ -381,14 +402,14 @@ def plot(kept: Kept) -> None:
     )
     if "comparison" not in kept:
         return
-    shown = [one for one in in_short(measured(kept)) if one.kind and one.cell["fraction"]]
+    shown = [(one.kind, one) for one in in_short(measured(kept)) if one.kind and one.cell["fraction"]]
     heads = {task: own["headline"] for task, own in kept["comparison"]["dense"]["scores"].items()}
     _draw(
         {
             task: (
                 "share of the FFN parameters",
                 metric_label(metric),
-                [(one.kind, one.cell["fraction"], one.cell["scores"][task][metric]["value"]) for one in shown],
+                [(kind, one.cell["fraction"], one.cell["scores"][task][metric]["value"]) for kind, one in shown],
             )
             for task, metric in heads.items()
         },
@@ -401,7 +422,7 @@ def plot(kept: Kept) -> None:
     }
     _draw(
         {
-            title: (label, "KL to the dense model", [(one.kind, x_of(one.cell), one.kl) for one in shown])
+            title: (label, "KL to the dense model", [(kind, x_of(one.cell), one.kl) for kind, one in shown])
             for title, (label, x_of) in axes_of.items()
         },
         PLOTS["frontier"],

@@ -79,7 +79,7 @@ def merge(main: Path, parts: Sequence[Path]) -> int:
             )
         new = {name: cell for name, cell in own["cells"].items() if name not in kept.get("cells", {})}
         if new:
-            kept |= {"cells": kept.get("cells", {}) | new, "machine": own["machine"], "dense": own["dense"]}
+            kept |= {"cells": kept.get("cells", {}) | new, "dense": own["dense"]}
     if len(kept.get("cells", {})) > before:
         write_json(main, kept)
     return len(kept.get("cells", {}))

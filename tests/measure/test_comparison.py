@@ -134,6 +134,19 @@ def test_in_short_stand_published_methods_and_of_each_kind_what_was_fitted_and_t
     ]
 
 
+def test_speeds_of_another_processor_are_marked() -> None:
+    sizes = {"ffn_params_ratio": 0.5, "disk_bytes": 2_000_000, "retention": {"reading": 0.9}}
+    speeds = {"prefill_speedup": [1.5, 1.4, 1.6], "decode_speedup": [1.8, 1.7, 1.9]}
+    cells = [
+        _cell(method, 1e-4, 1.0) | sizes | speeds | {"machine": {"processor": processor, "threads": 2}}
+        for method, processor in (("width pruning", "Slow"), ("width", "Fast"), ("products", "Fast"))
+    ]
+    text = report.kept_table([report.Measured(cell, {"steps": 6, "calibration": 8}) for cell in cells], ["reading"])
+    assert text.count("1.50× (1.40-1.60)†") == text.count("1.80× (1.70-1.90)†") == 1
+    assert "| width pruning | 8 | 6 | 90.0% | 2.00 → 1.00 | 2 MB | 1.50× (1.40-1.60)† |" in text
+    assert text.endswith("in bfloat16, on Fast, 2 threads; † Slow, 2 threads.")
+
+
 def test_more_calibration_is_for_all_and_less_is_not_for_fits_by_blocks() -> None:
     blocks = {"replace": {}, "train": {}, "fit": comparison.BLOCKS}
     plain = {"replace": {}, "train": {}}
@@ -180,10 +193,10 @@ def test_a_reference_model_gets_a_section_with_its_scores_in_their_places(tmp_pa
         "disk_bytes": 14_000_000,
         "prefill_speedup": [1.5, 1.4, 1.6],
         "decode_speedup": [1.8, 1.7, 1.9],
+        "machine": kept["perplexity"]["machine"],
     }
     settings = {"steps": 5, "batch_size": 2, "calibration": 4, "examples": 9}
-    machine = kept["perplexity"]["machine"]
-    comparison_file = {"settings": settings, "machine": machine, "dense": dense, "cells": {"a": cell}}
+    comparison_file = {"settings": settings, "dense": dense, "cells": {"a": cell}}
     text = report.page(kept | {"comparison": comparison_file}, advice)
     quality = "| products | 40.00% (30.0%-50.0%)* | 80.0% | 25.0% → 50.0% | 2.00 → 1.00 "
     assert quality + "| 50.0% | 7.0 M | 14 MB | 1.50× (1.40-1.60) |" in text
@@ -194,8 +207,9 @@ def test_an_ablation_gets_a_section_with_what_each_task_keeps() -> None:
     dense = {"scores": {"question": {}, "reading": {}}}
     cell = {"change": "n = 8", "fraction": 0.25, "retention": {"question": 0.9, "reading": None}}
     cell |= {"agreement": _AGREEMENT, "ffn_params_ratio": 0.25, "train_seconds": 60.0}
+    cell["machine"] = kept["perplexity"]["machine"]
     settings = {"steps": 5, "batch_size": 2, "examples": 9}
-    file = {"settings": settings, "machine": kept["perplexity"]["machine"], "dense": dense, "cells": {"n = 8": cell}}
+    file = {"settings": settings, "dense": dense, "cells": {"n = 8": cell}}
     text = report.page(kept | {"ablation": file}, advice)
     assert "| n = 8 | 90.0% | - | 25.0% → 50.0% | 2.00 → 1.00 | 25.0% | 60 s |" in text
 

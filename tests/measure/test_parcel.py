@@ -178,7 +178,7 @@ def test_unpacked_data_hold_every_test_row_and_the_pixels_of_those_asked(tmp_pat
 
 
 def _results(path: Path, steps: int, *cells: str) -> Path:
-    write_json(path, {"settings": {"steps": steps}, "cells": {cell: {} for cell in cells}, "machine": {}, "dense": {}})
+    write_json(path, {"settings": {"steps": steps}, "cells": {cell: {} for cell in cells}, "dense": {}})
     return path
 
 
