@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hyperfade.algebra import Algebra
+from hyperfade.algebra import Algebra, kron_sum
 from hyperfade.measure import device, machine
 from hyperfade.measure.layers import copies
 from hyperfade.measure.speed import time_alternately
@@ -59,6 +59,7 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
     wide_tokens = 256 if place.type == "cpu" else 8192  # an accelerator mixes hundreds of tokens while one call starts
     small, wide, tall = random(1, 4, 384), random(wide_tokens, 4, 2752), random(512, 2048)
     mixing, weight, tiny_weight = random(4, 4), random(2752, 2048), random(256, 256)
+    terms = random(12, 4, 4), random(12, 688, 512)
     streamed, one = [random(11008, 2048) for _ in range(8)], random(1, 2048)
     few, stream_bytes = random(4, 2048), sum(w.nbytes for w in streamed)
     times = time_alternately(
@@ -69,6 +70,7 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
             "few rows": lambda: [F.linear(few, w) for w in streamed],
             "few rows sliced": lambda: [sliced(few, w) for w in streamed],
             "derived": partial(torch.add, streamed[0], streamed[1]),
+            "weight": partial(kron_sum, *terms),
             "small mix": partial(mixed, small, mixing),
             "wide mix": partial(mixed_by_library, wide, mixing),
             "wide mix in a kernel": partial(mixed, wide, mixing),  # where there is one, else the same
@@ -96,6 +98,7 @@ def measured_prices(dtype: torch.dtype, place: torch.device, rounds: int) -> Pri
         if mixes_in_kernel(wide, mixing)
         else None,
         cache_bytes=None,
+        weight_element=seconds["weight"] / weight.numel(),
     )
     chunked = replace(price, cache_bytes=best_cache_bytes(dtype, place, rounds))
     print(f"{dtype}: {chunked}", flush=True)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,7 +119,25 @@ def test_processors_and_dtypes_that_were_not_measured_have_a_choice(kind: str, d
 
 
 def test_this_processor_has_a_name() -> None:
-    assert processor("cpu") == f"cpu {torch.backends.cpu.get_cpu_capability()}" == processor("meta")
+    vectors = torch.backends.cpu.get_cpu_capability()
+    assert processor("cpu") == processor("meta")
+    assert processor("cpu").removesuffix(" AMX") == f"cpu {vectors}"
+    known = Path("/proc/cpuinfo")
+    if vectors == "AVX512" and hasattr(torch.cpu, "get_capabilities") and known.exists():
+        assert processor("cpu").endswith(" AMX") == ("amx_bf16" in known.read_text(encoding="utf-8"))
+
+
+def test_the_weight_is_built_where_mixing_is_dear_and_there_are_tokens_enough_and_a_price() -> None:
+    dear = Prices(1e-5, 1e-11, 1e-10, 1e-10, 1e-10, 1e-10, 1e-5, 1e-9, None, 1e-5, 1e-9, None, weight_element=1e-9)
+    algebra = Algebra.products(4, 12)
+
+    def form(tokens: int, price: Prices) -> str:
+        cost = {h: seconds(h, algebra, 384, 512, tokens, torch.float32, price) for h in candidates(algebra)}
+        return min(cost, key=cost.__getitem__).form
+
+    assert [form(tokens, dear) for tokens in (1, 16, 256, 4096)] == ["products", "products", "weight", "weight"]
+    assert form(4096, replace(dear, weight_element=None)) == "products"
+    assert form(4096, replace(dear, small_product_element=1e-11)) == "products"
 
 
 @pytest.mark.parametrize("kind", TABLE)
@@ -129,22 +148,35 @@ def test_prices_are_positive_and_say_where_they_come_from(kind: str) -> None:
             assert (name in ("cache_bytes", "kernel_element") and price is None) or price > 0
 
 
-def test_training_is_never_chunked_and_many_tokens_without_gradients_are() -> None:
+def test_training_is_never_chunked_and_many_tokens_without_gradients_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phm, "processor", lambda _: "cpu AVX2")
     layer = PHMLinear(64, 64, PRODUCTS, bias=False)
     tokens = torch.randn(200_000, 64)
     assert layer._execution(tokens) == Execution("products", "blocks")
     with torch.no_grad():
-        assert execution(PRODUCTS, 64, 64, len(tokens), torch.float32, "cpu AVX2").chunk is not None
+        assert layer._execution(tokens).chunk is not None
 
 
-def test_gradients_in_training_are_those_of_the_product_with_a_kron_built_weight() -> None:
+def test_training_builds_the_weight_where_its_products_run_in_a_dtype_for_which_that_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(phm, "processor", lambda _: "cpu AVX512 AMX")
+    layer, tokens = PHMLinear(384, 512, Algebra.products(4, 12), bias=False), torch.randn(512, 384)
+    assert layer._execution(tokens) == Execution("products", "blocks")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer._execution(tokens) == Execution("weight", "matmul")
+        assert layer(tokens).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("how", [Execution("products", "blocks"), Execution("weight", "matmul")], ids=str)
+def test_gradients_in_training_are_those_of_the_product_with_a_kron_built_weight(how: Execution) -> None:
     layer, x = random_layer(16, 24, PRODUCTS, bias=False, dtype=torch.float64), torch.randn(10, 16).double()
     found, expected = (x.clone().requires_grad_() for _ in range(2))
     weight = sum(
         torch.kron(torch.outer(p, q), t) for p, q, t in zip(layer.P, layer.Q, layer.T, strict=True)
     )  # W = Σ_r (P_r Q_rᵀ) ⊗ T_r
     factors = [layer.P, layer.Q, layer.T]
-    own = torch.autograd.grad(layer(found).square().sum(), [found, *factors])
+    own = torch.autograd.grad(layer.run(found, how).square().sum(), [found, *factors])
     oracle = torch.autograd.grad((expected @ weight.T).square().sum(), [expected, *factors])
     for a, b in zip(own, oracle, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # observed 5e-16 of the largest

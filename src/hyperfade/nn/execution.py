@@ -26,10 +26,10 @@ _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves ge
 
 @dataclass(frozen=True)
 class Execution:
-    """core: mix around the one core; slices: the same with the core in slices; products: R products. chunk: tokens
-    handled at a time, None for all at once."""
+    """core: mix around the one core; slices: the same with the core in slices; products: R products; weight: build Ŵ,
+    for this call alone. chunk: tokens handled at a time, None for all at once."""
 
-    form: Literal["core", "slices", "products"]
+    form: Literal["core", "slices", "products", "weight"]
     mixing: Mixing
     chunk: int | None = None
 
@@ -59,6 +59,7 @@ class Prices:
     sum_call: float  # fixed price of an elementwise operation
     sum_element: float  # written
     cache_bytes: int | None  # None: chunks gain nothing
+    weight_element: float | None = None  # of Ŵ, built; None where that was not measured
 
     def products(self, calls: int, multiply_adds: int, weight_bytes: int) -> float:
         """Large matrix products wait for arithmetic or for their weights, whichever takes longer."""
@@ -78,8 +79,16 @@ class Prices:
 def processor(device_type: str) -> str:
     """The kind of processor that prices are kept for: what it can do, right now, matters, not who made it."""
     if device_type in ("cpu", "meta"):
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        vectors = torch.backends.cpu.get_cpu_capability()
+        return f"cpu {vectors}{' AMX' if vectors == 'AVX512' and _has_amx() else ''}"
     return device_type if kernels_run(device_type) else f"{device_type} without kernels"
+
+
+@lru_cache
+def _has_amx() -> bool:
+    """Whether matrix products in bfloat16 run ten times as fast as vector instructions are; torch 2.11 cannot tell."""
+    told = getattr(torch.cpu, "get_capabilities", None)
+    return told is not None and bool(told().get("amx_bf16"))
 
 
 @lru_cache
@@ -101,8 +110,8 @@ def execution(
     options = candidates(algebra)
     costs = {option: seconds(option, algebra, in_features, out_features, tokens, dtype, price) for option in options}
     best = min(options, key=costs.__getitem__)
-    if price.cache_bytes is None or algebra.form == "terms":  # a core's large temporaries are its output already
-        return best
+    if price.cache_bytes is None or algebra.form == "terms" or best.form == "weight":
+        return best  # a core's large temporaries are its output already, and Ŵ is built once
     chunk = max(_FEWEST_TOKENS, price.cache_bytes // ((in_features + out_features) * dtype.itemsize) // 64 * 64)
     return best if tokens < 1.5 * chunk else replace(best, chunk=chunk)
 
@@ -120,9 +129,10 @@ def kernel_calls(algebra: Algebra, in_features: int, out_features: int) -> int:
 def candidates(algebra: Algebra) -> tuple[Execution, ...]:
     """Every form that computes layers of this algebra exactly, unchunked."""
     if algebra.form == "products":
-        return Execution("products", "matmul"), Execution("products", "sums")
+        return Execution("products", "matmul"), Execution("products", "sums"), Execution("weight", "matmul")
     ways: tuple[Mixing, ...] = ("matmul",) if algebra.trainable else ("matmul", "sums")
     forms = [Execution(form, mixing) for form in ("core", "slices") for mixing in ways]
+    forms.append(Execution("weight", "matmul"))
     if fixed_factors(algebra) is not None:
         forms.append(Execution("products", "sums"))
     return tuple(forms)
@@ -139,6 +149,11 @@ def seconds(
 ) -> float:
     """What a form is expected to take for `tokens` rows."""
     n, size, d, k = algebra.n, algebra.size, in_features // algebra.n, out_features // algebra.n  # per block
+    if how.form == "weight":
+        whole = in_features * out_features
+        built = math.inf if price.weight_element is None else whole * price.weight_element
+        built += price.product_call + 2 * price.sum_call  # A = P Qᵀ, Σ_i A_i ⊗ S_i block by block, and its layout
+        return built + price.products(1, tokens * whole, whole * dtype.itemsize)
     stored_bytes = size * d * k * dtype.itemsize
     factors = fixed_factors(algebra)
     if how.form == "products":

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
@@ -200,9 +201,13 @@ class PHMLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Ŵ (out_features, in_features), materialised at every access: for inspection, merging and `.weight.dtype`."""
-        mixing = self.P[:, :, None] * self.Q[:, None, :] if self.algebra.form == "products" else self.A
-        weight = kron_sum(mixing, self.components)
+        weight = self._hypercomplex_weight()
         return weight if self.companion is None else weight + self.companion.weight
+
+    def _hypercomplex_weight(self) -> Tensor:
+        """Ŵ without the companion."""
+        mixing = self.P[:, :, None] * self.Q[:, None, :] if self.algebra.form == "products" else self.A
+        return kron_sum(mixing, self.components)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.joint.output(self, x) if self.joint is not None else None
@@ -233,14 +238,15 @@ class PHMLinear(nn.Module):
         if torch.compiler.is_compiling():  # mixes fuse with their neighbours, so what remains is arithmetic
             by_products |= self.fixed_factors is not None and len(tokens) >= _COMPUTE_BOUND_TOKENS
             return Execution("products", "fused") if by_products else Execution("core", "sums")
-        if by_products and torch.is_grad_enabled():
-            return Execution("products", "blocks")  # prices are those of a forward pass alone
-        like = tokens.dtype, processor(tokens.device.type)
+        device, trains = tokens.device.type, torch.is_grad_enabled()
         widths = self.in_features, self.out_features
-        if by_products and not self.stacked and has_kernel(self.algebra, *widths, tokens, self.P, self.Q, self.T):
+        own_kernel = by_products and not (self.stacked or trains)
+        if own_kernel and has_kernel(self.algebra, *widths, tokens, self.P, self.Q, self.T):
             return Execution("products", "kernel")
-        how = execution(self.algebra, *widths, len(tokens), *like)
-        return replace(how, chunk=None) if torch.is_grad_enabled() else how  # autograd cannot follow chunks
+        how = execution(self.algebra, *widths, len(tokens), _product_dtype(tokens), processor(device))
+        if by_products and trains and how.form == "products":
+            return Execution("products", "blocks")  # prices are those of a forward pass; its gradients are cheaper
+        return replace(how, chunk=None) if trains else how  # autograd cannot follow chunks
 
     def run(self, tokens: Tensor, how: Execution) -> Tensor:
         """tokens (M, in_features) → (M, out_features) in the form that `how` says; no companion, no bias.
@@ -253,6 +259,8 @@ class PHMLinear(nn.Module):
             for part, rows in zip(y.split(how.chunk), tokens.split(how.chunk), strict=True):
                 part.copy_(self.run(rows, whole))
             return y
+        if how.form == "weight":
+            return F.linear(tokens, self._hypercomplex_weight())
         n, t = self.algebra.n, self.algebra.size
         x = tokens.view(tokens.shape[0], n, self.in_features // n)
         if self.algebra.form == "products":
@@ -284,6 +292,13 @@ class PHMLinear(nn.Module):
         a = self.algebra
         size = f"{'terms' if a.form == 'terms' else 'products'}={a.size}"
         return f"{self.in_features}, {self.out_features}, {a.name}, n={a.n}, {size}, bias={self.bias is not None}"
+
+
+def _product_dtype(tokens: Tensor) -> torch.dtype:
+    """In which a matrix product of `tokens` runs."""
+    device = tokens.device.type
+    cast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else tokens.dtype
 
 
 def keep_derived_(model: nn.Module) -> None:
