@@ -1,4 +1,4 @@
-"""The exact forms of one hypercomplex product. All compute y = x Wᵀ with W = Σ_i A_i ⊗ S_i; none builds W.
+"""The exact forms of one hypercomplex product that do not build W. All compute y = x Wᵀ with W = Σ_i A_i ⊗ S_i.
 
     mix in     u[a,i] = Σ_b A[i,a,b] x[b]     y[a] = core(u[a])                    one product of n·M rows
     mix out    z[b,i] = core(x[b])            y[a] = Σ_ib A[i,a,b] z[b,i]          one product of n·M rows

@@ -2,8 +2,8 @@
 
     W = Σ_i A_i ⊗ S_i          A (t, n, n) the algebra, S (t, k/n, d/n) the weights        (arXiv 2102.08597)
 
-W is never built at inference. Block a of the output and block b of the input meet through A only, so a layer is an
-ordinary matrix product between two tiny mixes of blocks. There are three ways to order them:
+W need not be built. Block a of the output and block b of the input meet through A only, so a layer is an ordinary
+matrix product between two tiny mixes of blocks. There are three ways to order them:
 
     form        weights at work                 computation, per token
     mix-in      core: nn.Linear(t·d/n → k/n)    u[a,i] = Σ_b A[i,a,b] x[b]       y[a] = core(u[a])            d ≤ k
@@ -12,7 +12,8 @@ ordinary matrix product between two tiny mixes of blocks. There are three ways t
 
 The first two run the n blocks of a token through one core, so they cost t/n of the dense multiply-adds at t/n² of its
 bytes: decoding, which waits for bytes, gets faster, prefill does not. The products form runs R small products, R/n² of
-both: with R = n everything is 1/n. That is why it is the default.
+both: with R = n everything is 1/n. That is why it is the default. Where mixes cost more than the arithmetic they spare,
+many tokens are multiplied by W after all, built for the call; `execution.py` knows where.
 
 The core is exactly an `nn.Linear`, because quantizers, adapters and exporters know that type.
 """
