@@ -138,6 +138,7 @@ def test_the_weight_is_built_where_mixing_is_dear_and_there_are_tokens_enough_an
     assert [form(tokens, dear) for tokens in (1, 16, 256, 4096)] == ["products", "products", "weight", "weight"]
     assert form(4096, replace(dear, weight_element=None)) == "products"
     assert form(4096, replace(dear, small_product_element=1e-11)) == "products"
+    assert form(256, replace(dear, cache_bytes=500_000, derived_byte=1e-7)) == "products"  # 786 kB: out of the cache
 
 
 @pytest.mark.parametrize("kind", TABLE)

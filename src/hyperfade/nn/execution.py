@@ -153,6 +153,8 @@ def seconds(
         whole = in_features * out_features
         built = math.inf if price.weight_element is None else whole * price.weight_element
         built += price.product_call + 2 * price.sum_call  # A = P Qᵀ, Σ_i A_i ⊗ S_i block by block, and its layout
+        if price.cache_bytes is not None and whole * dtype.itemsize > price.cache_bytes:
+            built += 2 * whole * dtype.itemsize * price.derived_byte  # the blocks and Ŵ go to memory, each its own
         return built + price.products(1, tokens * whole, whole * dtype.itemsize)
     stored_bytes = size * d * k * dtype.itemsize
     factors = fixed_factors(algebra)
