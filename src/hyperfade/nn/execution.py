@@ -86,7 +86,7 @@ def processor(device_type: str) -> str:
 
 @lru_cache
 def _has_amx() -> bool:
-    """Whether matrix products in bfloat16 run ten times as fast as vector instructions are; torch 2.11 cannot tell."""
+    """Whether bfloat16 matrices are multiplied by units of their own, as far as this version of torch can tell."""
     told = getattr(torch.cpu, "get_capabilities", None)
     return told is not None and bool(told().get("amx_bf16"))
 

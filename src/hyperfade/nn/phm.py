@@ -298,7 +298,7 @@ class PHMLinear(nn.Module):
 def _product_dtype(tokens: Tensor) -> torch.dtype:
     """In which a matrix product of `tokens` runs."""
     device = tokens.device.type
-    cast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else tokens.dtype
 
 
