@@ -122,6 +122,11 @@ def test_no_arguments_print_help(call: Any) -> None:
         (("evaluate", EMBEDDED, "--tasks", "a", "--data", "b.jsonl"), "--data cannot be given together with --tasks"),
         (("evaluate", EMBEDDED, "--tasks", "a", "--answers", "b.jsonl"), "--answers cannot be given together with"),
         (("benchmark", EMBEDDED, "--data", "missing.jsonl"), "Cannot read missing.jsonl"),
+        (
+            ("benchmark", EMBEDDED, "--recipe", "quarter", "--keep-derived"),
+            "--keep-derived is for finished checkpoints",
+        ),
+        (("benchmark", EMBEDDED, "--keep-derived"), "no hypercomplex layers but in few bits"),
         (("benchmark", EMBEDDED, "--compile"), "no hypercomplex layers to compile"),
         (("benchmark", EMBEDDED, "--set", "seed=1"), "--set changes a recipe, and none was given"),
         (("benchmark", EMBEDDED, EMBEDDED, "--recipe", "quarter"), "--recipe plans one model, 2 were given"),

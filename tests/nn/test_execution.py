@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from kron_oracle import TOLERANCE, kron_weight, random_layer
+from torch import nn
 
 from hyperfade.algebra import Algebra
+from hyperfade.compose.quantize import quantize_
 from hyperfade.nn import PHMLinear, keep_derived_, phm
 from hyperfade.nn.execution import Execution, Prices, candidates, execution, prices, processor, seconds
-from hyperfade.nn.forms import combined
 
 ALGEBRAS = [
     Algebra.named("complex"),
@@ -183,11 +184,21 @@ def test_gradients_in_training_are_those_of_the_product_with_a_kron_built_weight
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # observed 5e-16 of the largest
 
 
-def test_kept_weights_are_made_once_and_follow_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    layer = random_layer(16, 24, Algebra.named("complex"), bias=False)
-    x, how = torch.randn(5, 16), Execution("products", "sums")
-    monkeypatch.setattr(phm, "combined", lambda *arguments: made.append(1) or combined(*arguments))
+@pytest.mark.parametrize(
+    ("algebra", "how", "maker"),
+    [
+        (Algebra.named("complex"), Execution("products", "sums"), "combined"),
+        (Algebra.named("complex"), Execution("weight", "matmul"), "kron_sum"),
+        (PRODUCTS, Execution("weight", "matmul"), "kron_sum"),
+    ],
+    ids=str,
+)
+def test_kept_weights_are_made_once_and_follow_the_layer(
+    algebra: Algebra, how: Execution, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], getattr(phm, maker)
+    layer, x = random_layer(16, 24, algebra, bias=False), torch.randn(5, 16)
+    monkeypatch.setattr(phm, maker, lambda *arguments: made.append(1) or make(*arguments))
     with torch.inference_mode():
         plain = [layer.run(x, how) for _ in range(2)]
         assert len(made) == 2
@@ -196,7 +207,36 @@ def test_kept_weights_are_made_once_and_follow_the_core(monkeypatch: pytest.Monk
         assert len(made) == 3
         assert all(torch.equal(y, plain[0]) for y in kept)
     with torch.no_grad():
-        layer.core.weight.mul_(2)
-        torch.testing.assert_close(layer.run(x, how), 2 * plain[0])
+        for factor in layer.parameters():  # W is linear in each, and a fixed algebra has but one
+            factor.mul_(2)
+            expected = x.double() @ kron_weight(layer).T
+            # observed 4e-6 at outputs up to 200
+            torch.testing.assert_close(layer.run(x, how).double(), expected, rtol=1e-5, atol=1e-5)
         layer.to(torch.float64)
         assert layer.run(x.double(), how).dtype == torch.float64
+    trained = torch.autograd.grad(layer.run(x.double(), how).sum(), list(layer.parameters()))  # nothing kept takes part
+    assert all(gradient.any() for gradient in trained)
+
+
+def test_a_weight_that_is_kept_costs_no_building_whatever_the_processor() -> None:
+    shape = Algebra.products(4, 12), 384, 512
+    for kind in TABLE.keys() - {"cpu AVX512 AMX"}:
+        assert execution(*shape, 4096, torch.bfloat16, kind).form == "products"
+    kept = [execution(*shape, tokens, torch.bfloat16, "cpu AVX512 AMX", keeps=True).form for tokens in (64, 1024)]
+    assert kept == ["weight", "weight"]
+    assert execution(*shape, 64, torch.bfloat16, "cpu AVX512 AMX").form == "products"
+    large = Algebra.products(4), 2048, 11008
+    assert execution(*large, 1, torch.bfloat16, "cpu AVX512 AMX", keeps=True).form == "products"  # a quarter of bytes
+
+
+def test_products_in_few_bits_keep_nothing() -> None:
+    layer = PHMLinear(64, 128, PRODUCTS, bias=False)
+    model, x, how = nn.Sequential(layer), torch.randn(5, 64), Execution("weight", "matmul")
+    assert keep_derived_(model) == ["0"]
+    with torch.inference_mode():
+        layer.run(x, how)
+        assert layer.derived
+        quantize_(model, "int8")
+        layer.run(x, how)
+        assert layer.derived == {}
+    assert keep_derived_(model) == []

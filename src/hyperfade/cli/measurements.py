@@ -124,11 +124,24 @@ def benchmark(
             "--compile", help="Let torch compile the hypercomplex FFNs; takes seconds before the first round."
         ),
     ] = False,
+    keep_derived: Annotated[
+        bool,
+        typer.Option(
+            "--keep-derived",
+            help="Let hypercomplex layers keep what they derive of their weights (hyperfade.keep_derived_): memory for "
+            "speed.",
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
     """Time models side by side, in one run: prefill and decode of finished checkpoints; or, with --recipe, what a
     model's FFNs would gain on this machine, from its config alone."""
     if recipe is not None:
+        if keep_derived:
+            raise RecipeError(
+                "--keep-derived is for finished checkpoints, not for FFNs that --recipe makes up.",
+                "Leave out one of them.",
+            )
         _benchmark_ffns(models, chosen_recipe(recipe, changes), tokens, dtype, compiled, output)
         return
     if changes:
@@ -136,7 +149,7 @@ def benchmark(
     from hyperfade.data import Collator, open_source
     from hyperfade.hub import load, load_processor
     from hyperfade.measure import compare_speed, device, machine
-    from hyperfade.nn import compile_
+    from hyperfade.nn import compile_, keep_derived_
     from hyperfade.workspace import write_json
 
     dtype = dtype or "float32"
@@ -144,6 +157,11 @@ def benchmark(
     if compiled and not [ffn for model in loaded.values() for ffn in compile_(model)]:
         raise RecipeError(
             f"--compile: {', '.join(models)}: no hypercomplex layers to compile.", "Name a compressed checkpoint too."
+        )
+    if keep_derived and not [layer for model in loaded.values() for layer in keep_derived_(model)]:
+        raise RecipeError(
+            f"--keep-derived: {', '.join(models)}: no hypercomplex layers but in few bits.",
+            "Name a compressed checkpoint too.",
         )
     source = open_source(data)
     if batch_size > len(source):
@@ -165,6 +183,7 @@ def benchmark(
         facts = {
             "dtype": dtype,
             "compiled": compiled,
+            "keep_derived": keep_derived,
             "batch_size": batch_size,
             "new_tokens": new_tokens,
             "rounds": rounds,

@@ -24,12 +24,15 @@ _ONE_CALL_WEIGHTS = 2_000_000
 _FEWEST_TOKENS = 256  # in a chunk: with fewer the matrix products themselves get slower
 
 
+Form = Literal["core", "slices", "products", "weight"]
+
+
 @dataclass(frozen=True)
 class Execution:
-    """core: mix around the one core; slices: the same with the core in slices; products: R products; weight: build Ŵ,
-    for this call alone. chunk: tokens handled at a time, None for all at once."""
+    """core: mix around the one core; slices: the same with the core in slices; products: R products; weight: build Ŵ.
+    chunk: tokens handled at a time, None for all at once."""
 
-    form: Literal["core", "slices", "products", "weight"]
+    form: Form
     mixing: Mixing
     chunk: int | None = None
 
@@ -103,12 +106,20 @@ def prices(kind: str, dtype: torch.dtype) -> Prices:
 
 @lru_cache(maxsize=4096)
 def execution(
-    algebra: Algebra, in_features: int, out_features: int, tokens: int, dtype: torch.dtype, kind: str
+    algebra: Algebra,
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    dtype: torch.dtype,
+    kind: str,
+    keeps: bool = False,
 ) -> Execution:
-    """The cheapest form for `tokens` rows of (in_features → out_features) on a `processor` kind: a pure function."""
+    """The cheapest form for `tokens` rows of (in_features → out_features) on a `processor` kind: a pure function.
+    keeps: what is derived of the weights is made once, not at every call."""
     price = prices(kind, dtype)
+    shape = algebra, in_features, out_features, tokens, dtype
     options = candidates(algebra)
-    costs = {option: seconds(option, algebra, in_features, out_features, tokens, dtype, price) for option in options}
+    costs = {option: seconds(option, *shape, price, keeps) for option in options}
     best = min(options, key=costs.__getitem__)
     if price.cache_bytes is None or algebra.form == "terms" or best.form == "weight":
         return best  # a core's large temporaries are its output already, and Ŵ is built once
@@ -146,16 +157,20 @@ def seconds(
     tokens: int,
     dtype: torch.dtype,
     price: Prices,
+    keeps: bool = False,
 ) -> float:
-    """What a form is expected to take for `tokens` rows."""
+    """What a form is expected to take for `tokens` rows; keeps: with derived weights made already."""
     n, size, d, k = algebra.n, algebra.size, in_features // algebra.n, out_features // algebra.n  # per block
     if how.form == "weight":
         whole = in_features * out_features
+        multiplied = price.products(1, tokens * whole, whole * dtype.itemsize)
+        if keeps:
+            return multiplied
         built = math.inf if price.weight_element is None else whole * price.weight_element
         built += price.product_call + 2 * price.sum_call  # A = P Qᵀ, Σ_i A_i ⊗ S_i block by block, and its layout
         if price.cache_bytes is not None and whole * dtype.itemsize > price.cache_bytes:
             built += 2 * whole * dtype.itemsize * price.derived_byte  # the blocks and Ŵ go to memory, each its own
-        return built + price.products(1, tokens * whole, whole * dtype.itemsize)
+        return built + multiplied
     stored_bytes = size * d * k * dtype.itemsize
     factors = fixed_factors(algebra)
     if how.form == "products":
@@ -163,7 +178,7 @@ def seconds(
         total = price.products(1 if factors is None else count, count * tokens * d * k, stored_bytes)
         mixes = [Mix(tokens * d, n, count), Mix(tokens * k, count, n)]
         rows = None if factors is None else (factors.q, factors.p)
-        if factors is not None:
+        if factors is not None and not keeps:
             total += _operations(factors.u) * (price.sum_call + d * k * dtype.itemsize * price.derived_byte)
     else:
         rows, few = n * tokens, 1 < n * tokens <= _FEW_ROWS

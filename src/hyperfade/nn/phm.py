@@ -19,18 +19,17 @@ The core is exactly an `nn.Linear`, because quantizers, adapters and exporters k
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfade.algebra import Algebra, Fit, fit, kron_sum
-from hyperfade.nn.execution import Execution, execution, kernel_calls, processor
+from hyperfade.nn.execution import Execution, Form, execution, kernel_calls, processor
 from hyperfade.nn.forms import (
-    FixedFactors,
     batched,
     combined,
     fixed_factors,
@@ -58,12 +57,11 @@ class Joint(Protocol):
     def output(self, layer: "PHMLinear", x: Tensor) -> Tensor | None: ...
 
 
-@dataclass(frozen=True)
-class Derived:
-    """Weights of separate products that were made from a core, and which state of the core that was."""
+class Derived(NamedTuple):
+    """Weights that were made from a layer's own, and which state of those that was."""
 
-    made_of: tuple[object, ...] = ()
-    weights: list[Tensor] = field(default_factory=list)
+    made_of: tuple[object, ...]
+    weights: list[Tensor]
 
 
 class PHMLinear(nn.Module):
@@ -97,7 +95,7 @@ class PHMLinear(nn.Module):
         self.in_features, self.out_features, self.algebra = in_features, out_features, algebra
         self.mixes_in = in_features <= out_features
         self.joint: Joint | None = None
-        self.derived: Derived | None = None
+        self.derived: dict[Form, Derived] | None = None  # None: nothing is kept
         self.stacked, self.kept_mixing = False, KeptMixing()
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
@@ -185,6 +183,7 @@ class PHMLinear(nn.Module):
         core.weight = nn.Parameter(weight, requires_grad=self.T.requires_grad)
         self.core = core.train(self.training)
         self.T, self.stacked = None, True  # type: ignore[assignment]
+        self.derived = None if self.derived is None else {}
         if self.joint is not None:
             self.joint.part_()
 
@@ -244,7 +243,7 @@ class PHMLinear(nn.Module):
         own_kernel = by_products and not (self.stacked or trains)
         if own_kernel and has_kernel(self.algebra, *widths, tokens, self.P, self.Q, self.T):
             return Execution("products", "kernel")
-        how = execution(self.algebra, *widths, len(tokens), _product_dtype(tokens), processor(device))
+        how = execution(self.algebra, *widths, len(tokens), _product_dtype(tokens), processor(device), self._keeps)
         if by_products and trains and how.form == "products":
             return Execution("products", "blocks")  # prices are those of a forward pass; its gradients are cheaper
         return replace(how, chunk=None) if trains else how  # autograd cannot follow chunks
@@ -261,32 +260,48 @@ class PHMLinear(nn.Module):
                 part.copy_(self.run(rows, whole))
             return y
         if how.form == "weight":
-            return F.linear(tokens, self._hypercomplex_weight())
+            (weight,) = self._derive("weight", lambda: [self._hypercomplex_weight()])
+            return F.linear(tokens, weight)
         n, t = self.algebra.n, self.algebra.size
         x = tokens.view(tokens.shape[0], n, self.in_features // n)
         if self.algebra.form == "products":
             products = products_of(self.core, t, x.dtype) if self.stacked else self.T
             return batched(x, self.P, self.Q, products, how.mixing)
         if how.form == "products" and self.fixed_factors is not None:
-            return separate(x, self.fixed_factors, self._product_weights(self.fixed_factors))
+            u = self.fixed_factors.u  # T_r = Σ_i U[r, i] S_i
+            weights = self._derive("products", lambda: combined(self.components.unbind(0), u))
+            return separate(x, self.fixed_factors, weights)
         core = partial(sliced, weight=self.core.weight) if how.form == "slices" else self.core
         fixed = self.fixed_mixing if how.mixing == "sums" else None
         if self.mixes_in:
             return mix_in(x, fixed or self.A.transpose(0, 1).reshape(n * t, n), core)
         return mix_out(x, fixed or self.A.permute(1, 2, 0).reshape(n, n * t), core)
 
-    def _product_weights(self, factors: FixedFactors) -> list[Tensor]:
-        """T_r = Σ_i U[r, i] S_i: made anew at every call, or kept where `keep_derived_` asked for it."""
+    def _derive(self, form: Form, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `form` multiplies by: made anew at every call, or kept where `keep_derived_` asked for it."""
+        if not self._keeps:
+            return make()
+        assert self.derived is not None
+        by_products = self.algebra.form == "products"
+        stored = self.core.weight if self.stacked or not by_products else self.T
+        mixing = (self.P, self.Q) if by_products else (self.A,)
+        made_of = tuple(state for tensor in (stored, *mixing) for state in state_of(tensor))
+        if form not in self.derived or self.derived[form].made_of != made_of:
+            self.derived[form] = Derived(made_of, make())
+        return self.derived[form].weights
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether derived weights are kept, now."""
         if self.derived is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return combined(self.components.unbind(0), factors.u)
-        made_of = state_of(self.core.weight)
-        if self.derived.made_of != made_of:
-            self.derived = Derived(made_of, combined(self.components.unbind(0), factors.u))
-        return self.derived.weights
+            return False
+        return self.plain_core
 
     @property
     def plain_core(self) -> bool:
-        """Whether the core's weight can be read directly: not where a quantizer or an adapter took the core's place."""
+        """Whether weights can be read directly: not where a quantizer or an adapter took the core's place."""
+        if self.algebra.form == "products" and not self.stacked:
+            return True
         return type(self.core) is nn.Linear and self.core.weight.is_floating_point()
 
     def extra_repr(self) -> str:
@@ -302,12 +317,19 @@ def _product_dtype(tokens: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if cast else tokens.dtype
 
 
-def keep_derived_(model: nn.Module) -> None:
-    """Trade memory for speed: layers of fixed algebras keep the sums of weights that their products need with many
-    tokens, (R − t)/t of the layers' own bytes or more, in place of adding them up at every call."""
-    for module in model.modules():
-        if isinstance(module, PHMLinear) and module.fixed_factors is not None:
-            module.derived = Derived()
+def keep_derived_(model: nn.Module) -> list[str]:
+    """Trade memory for speed: layers keep what they derive of their weights, in place of making it at every call;
+    returns the names of the layers that may.
+
+    That is Ŵ, in_features × out_features, where multiplying by it is cheapest, as with many tokens on most processors
+    (of layers with R of n² products n²/R times their own bytes, beside these); and sums that products of fixed algebras
+    need, (R − t)/t of the layers' own bytes or more. Made at the first call that wants it, without gradients. Layers in
+    few bits keep nothing.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PHMLinear)}
+    for layer in layers.values():
+        layer.derived = {}
+    return [name for name, layer in layers.items() if layer.plain_core]
 
 
 def pack_(model: nn.Module) -> None:
