@@ -1,6 +1,8 @@
 """Every exact form gives the same product, and the choice between them is a pure function that follows the costs."""
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -218,25 +220,55 @@ def test_kept_weights_are_made_once_and_follow_the_layer(
     assert all(gradient.any() for gradient in trained)
 
 
-def test_a_weight_that_is_kept_costs_no_building_whatever_the_processor() -> None:
-    shape = Algebra.products(4, 12), 384, 512
-    for kind in TABLE.keys() - {"cpu AVX512 AMX"}:
-        assert execution(*shape, 4096, torch.bfloat16, kind).form == "products"
-    kept = [execution(*shape, tokens, torch.bfloat16, "cpu AVX512 AMX", keeps=True).form for tokens in (64, 1024)]
-    assert kept == ["weight", "weight"]
-    assert execution(*shape, 64, torch.bfloat16, "cpu AVX512 AMX").form == "products"
-    large = Algebra.products(4), 2048, 11008
-    assert execution(*large, 1, torch.bfloat16, "cpu AVX512 AMX", keeps=True).form == "products"  # a quarter of bytes
+@pytest.mark.parametrize("kind", TABLE)
+def test_a_weight_that_is_kept_costs_no_building(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phm, "processor", lambda _: kind)
+    learned = Algebra.learned(4)  # as many multiply-adds as dense, and mixes beside them
+    layer, tokens = PHMLinear(64, 64, learned, bias=False), torch.randn(512, 64)
+    with torch.no_grad():
+        before = layer._execution(tokens).form
+        keep_derived_(layer)
+        assert (before, layer._execution(tokens).form) == ("weight" if "AMX" in kind else "core", "weight")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer._execution(tokens).form == before
+    assert layer._execution(tokens).form == before
+    if kind.startswith("cpu"):  # where a token waits for bytes, more than for calls
+        large = Algebra.products(4), 2048, 11008
+        assert execution(*large, 1, torch.bfloat16, kind, keeps=True).form == "products"
 
 
-def test_products_in_few_bits_keep_nothing() -> None:
-    layer = PHMLinear(64, 128, PRODUCTS, bias=False)
+def test_few_tokens_pay_for_a_kept_weight_what_they_pay_for_a_core() -> None:
+    learned, price = Algebra.learned(4), prices("cpu AVX512", torch.float32)
+    for tokens in (2, 8):
+        core, weight = (
+            seconds(Execution(form, "matmul"), learned, 512, 2048, tokens, torch.float32, price, keeps=True)
+            for form in ("core", "weight")
+        )
+        assert core < weight  # of four blocks' weights four times as many bytes
+
+
+@pytest.mark.parametrize("algebra", [PRODUCTS, Algebra.learned(4)], ids=_name)
+def test_what_is_kept_leaves_with_the_weights_and_does_not_travel(algebra: Algebra) -> None:
+    layer = PHMLinear(64, 128, algebra, bias=False)
     model, x, how = nn.Sequential(layer), torch.randn(5, 64), Execution("weight", "matmul")
     assert keep_derived_(model) == ["0"]
     with torch.inference_mode():
         layer.run(x, how)
         assert layer.derived
+        assert copy.deepcopy(layer).derived == pickle.loads(pickle.dumps(layer)).derived == {}
+        assert layer.state_dict().keys() == dict(layer.named_parameters()).keys()
+        other = PHMLinear(64, 128, algebra, bias=False)
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer.run(x, how), other.run(x, how))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.run(x, how).dtype == torch.bfloat16
+        assert torch.equal(layer.run(x, how), other.run(x, how))
+        layer.to(torch.bfloat16)
+        assert layer.derived == {}
+        layer.run(x.bfloat16(), how)
         quantize_(model, "int8")
-        layer.run(x, how)
+        layer.run(x.bfloat16(), Execution("products" if algebra is PRODUCTS else "core", "matmul"))
         assert layer.derived == {}
     assert keep_derived_(model) == []
+    assert keep_derived_(model, keep=False) == []
+    assert layer.derived is None

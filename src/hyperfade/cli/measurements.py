@@ -152,6 +152,8 @@ def benchmark(
     from hyperfade.nn import compile_, keep_derived_
     from hyperfade.workspace import write_json
 
+    if compiled and keep_derived:
+        raise RecipeError("--compile and --keep-derived: compiled layers keep nothing.", "Leave out one of them.")
     dtype = dtype or "float32"
     loaded: dict[str, Any] = {name: load(name, dtype).to(device()) for name in models}  # pyright: ignore
     if compiled and not [ffn for model in loaded.values() for ffn in compile_(model)]:
@@ -160,7 +162,7 @@ def benchmark(
         )
     if keep_derived and not [layer for model in loaded.values() for layer in keep_derived_(model)]:
         raise RecipeError(
-            f"--keep-derived: {', '.join(models)}: no hypercomplex layers but in few bits.",
+            f"--keep-derived: {', '.join(models)}: no hypercomplex layers that can; few bits and experts cannot.",
             "Name a compressed checkpoint too.",
         )
     source = open_source(data)

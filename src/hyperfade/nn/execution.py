@@ -164,6 +164,8 @@ def seconds(
     if how.form == "weight":
         whole = in_features * out_features
         multiplied = price.products(1, tokens * whole, whole * dtype.itemsize)
+        if 1 < tokens <= _FEW_ROWS:
+            multiplied = max(multiplied, price.product_call + whole * dtype.itemsize * price.few_rows_weight_byte)
         if keeps:
             return multiplied
         built = math.inf if price.weight_element is None else whole * price.weight_element

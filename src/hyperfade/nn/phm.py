@@ -176,6 +176,7 @@ class PHMLinear(nn.Module):
 
     def stack_(self) -> None:
         """Hold the products T_r under one another in one `nn.Linear`, d/n → R·k/n, as quantizers and adapters want."""
+        self.derived = None if self.derived is None else {}  # of weights that soon are others'
         if self.algebra.form != "products" or self.stacked:
             return
         weight = self.T.detach().flatten(0, 1)
@@ -183,7 +184,6 @@ class PHMLinear(nn.Module):
         core.weight = nn.Parameter(weight, requires_grad=self.T.requires_grad)
         self.core = core.train(self.training)
         self.T, self.stacked = None, True  # type: ignore[assignment]
-        self.derived = None if self.derived is None else {}
         if self.joint is not None:
             self.joint.part_()
 
@@ -224,6 +224,7 @@ class PHMLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PHMLinear":
         super()._apply(fn, recurse)  # .to(device) and the like move every parameter on its own
+        self.derived = None if self.derived is None else {}
         if self.joint is not None:
             self.joint.pack_()
         return self
@@ -279,23 +280,32 @@ class PHMLinear(nn.Module):
 
     def _derive(self, form: Form, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `form` multiplies by: made anew at every call, or kept where `keep_derived_` asked for it."""
-        if not self._keeps:
+        if self.derived is None or not self._keeps:
             return make()
-        assert self.derived is not None
-        by_products = self.algebra.form == "products"
-        stored = self.core.weight if self.stacked or not by_products else self.T
-        mixing = (self.P, self.Q) if by_products else (self.A,)
-        made_of = tuple(state for tensor in (stored, *mixing) for state in state_of(tensor))
-        if form not in self.derived or self.derived[form].made_of != made_of:
-            self.derived[form] = Derived(made_of, make())
-        return self.derived[form].weights
+        made_of = tuple(state for tensor in self._stored for state in state_of(tensor))
+        kept = self.derived.get(form)
+        if kept is None or kept.made_of != made_of:
+            self.derived.pop(form, None)  # one of the two at a time in memory
+            kept = self.derived[form] = Derived(made_of, make())
+        return kept.weights
 
     @property
     def _keeps(self) -> bool:
-        """Whether derived weights are kept, now."""
-        if self.derived is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Whether derived weights are kept, now: not where they have gradients, or another dtype than the layer, nor
+        where nothing would tell that the layer's own have changed."""
+        if self.derived is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.plain_core:
             return False
-        return self.plain_core
+        return not any(tensor.is_inference() or _autocast_dtype(tensor) is not None for tensor in self._stored)
+
+    @property
+    def _stored(self) -> tuple[Tensor, ...]:
+        """What the layer's weight is made of."""
+        if self.algebra.form == "products":
+            return self.P, self.Q, self.core.weight if self.stacked else self.T
+        return self.A, self.core.weight
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "derived": None if self.derived is None else {}}  # a copy makes its own
 
     @property
     def plain_core(self) -> bool:
@@ -312,24 +322,30 @@ class PHMLinear(nn.Module):
 
 def _product_dtype(tokens: Tensor) -> torch.dtype:
     """In which a matrix product of `tokens` runs."""
-    device = tokens.device.type
+    return _autocast_dtype(tokens) or tokens.dtype
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """In which autocast runs matrix products on the device of `tensor`, None where it is off."""
+    device = tensor.device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if cast else tokens.dtype
+    return torch.get_autocast_dtype(device) if cast else None
 
 
-def keep_derived_(model: nn.Module) -> list[str]:
+def keep_derived_(model: nn.Module, keep: bool = True) -> list[str]:
     """Trade memory for speed: layers keep what they derive of their weights, in place of making it at every call;
-    returns the names of the layers that may.
+    returns the names of the layers that may. keep: False frees what is kept, and ends it.
 
     That is Ŵ, in_features × out_features, where multiplying by it is cheapest, as with many tokens on most processors
     (of layers with R of n² products n²/R times their own bytes, beside these); and sums that products of fixed algebras
-    need, (R − t)/t of the layers' own bytes or more. Made at the first call that wants it, without gradients. Layers in
-    few bits keep nothing.
+    need, (R − t)/t of the layers' own bytes or more. Made at the first call that wants it; not under autocast, with
+    gradients, compiled, in few bits, around adapters, or by experts. Weights that change are noticed, but for writes
+    through `.data`, such as an adapter's that is merged: call it again after these.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PHMLinear)}
     for layer in layers.values():
-        layer.derived = {}
-    return [name for name, layer in layers.items() if layer.plain_core]
+        layer.derived = {} if keep else None
+    return [name for name, layer in layers.items() if keep and layer.plain_core]
 
 
 def pack_(model: nn.Module) -> None:
