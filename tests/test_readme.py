@@ -52,3 +52,13 @@ def test_the_memory_of_a_fit_it_names_is_the_measured_one() -> None:
     )
     assert f"took {usual['fit_bytes'] / 1e9:.1f} GB beside the model" in SENTENCES
     assert f"in the environment {one_arena['fit_bytes'] / 1e9:.1f} GB" in SENTENCES
+
+
+def test_what_kept_weights_gain_is_the_measured_gain() -> None:
+    made, kept = (
+        json.loads((ROOT / f"benchmarks/results/derived_{way}.json").read_text(encoding="utf-8"))["models"]
+        for way in ("made", "kept")
+    )
+    (quarter,) = (name for name in made if "at-0.25" in name)
+    gain = f"{made[quarter]['prefill_speedup']:.2f} times dense becomes {kept[quarter]['prefill_speedup']:.2f}"
+    assert gain in SENTENCES

@@ -8,7 +8,7 @@ from hyperfade.algebra import Algebra
 from hyperfade.nn import LowBit, LowBitLinear, PHMLinear, pack_
 from hyperfade.nn.execution import kernel_calls
 from hyperfade.nn.int4 import one_to_a_byte, two_to_a_byte
-from hyperfade.nn.stacked import state_of
+from hyperfade.nn.kept import state_of
 
 D, K = 48, 64  # per block: K is what the int4 kernel's layout can be cut at
 BFLOAT16_ERROR = 8e-3  # relative in norm; observed 2.0e-3 to 4.9e-3

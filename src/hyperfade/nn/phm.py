@@ -21,7 +21,7 @@ The core is exactly an `nn.Linear`, because quantizers, adapters and exporters k
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +39,11 @@ from hyperfade.nn.forms import (
     separate,
     sliced,
 )
+from hyperfade.nn.kept import Kept
 from hyperfade.nn.kernel_use import has_kernel
 from hyperfade.nn.low_bit import LowBitLinear, low_bit_modules
 from hyperfade.nn.low_rank import LowRankLinear
-from hyperfade.nn.stacked import KeptMixing, by_core, products_of, state_of
+from hyperfade.nn.stacked import by_core, products_of
 
 _COMPUTE_BOUND_TOKENS = 64  # from here on fewer multiply-adds count more than fewer calls, on processors we know
 
@@ -55,13 +56,6 @@ class Joint(Protocol):
     def part_(self) -> None: ...
 
     def output(self, layer: "PHMLinear", x: Tensor) -> Tensor | None: ...
-
-
-class Derived(NamedTuple):
-    """Weights that were made from a layer's own, and which state of those that was."""
-
-    made_of: tuple[object, ...]
-    weights: list[Tensor]
 
 
 class PHMLinear(nn.Module):
@@ -95,8 +89,8 @@ class PHMLinear(nn.Module):
         self.in_features, self.out_features, self.algebra = in_features, out_features, algebra
         self.mixes_in = in_features <= out_features
         self.joint: Joint | None = None
-        self.derived: dict[Form, Derived] | None = None  # None: nothing is kept
-        self.stacked, self.kept_mixing = False, KeptMixing()
+        self.derived: dict[Form, Kept[list[Tensor]]] | None = None  # None: nothing is kept
+        self.stacked, self.kept_mixing = False, Kept[Tensor]()
         self.fixed_mixing, self.fixed_factors = fixed_rows(algebra, self.mixes_in), fixed_factors(algebra)
         if algebra.form == "products":
             self.P = nn.Parameter(torch.empty(size, n, **like))
@@ -282,12 +276,7 @@ class PHMLinear(nn.Module):
         """What `form` multiplies by: made anew at every call, or kept where `keep_derived_` asked for it."""
         if self.derived is None or not self._keeps:
             return make()
-        made_of = tuple(state for tensor in self._stored for state in state_of(tensor))
-        kept = self.derived.get(form)
-        if kept is None or kept.made_of != made_of:
-            self.derived.pop(form, None)  # one of the two at a time in memory
-            kept = self.derived[form] = Derived(made_of, make())
-        return kept.weights
+        return self.derived.setdefault(form, Kept()).of(self._stored, make)
 
     @property
     def _keeps(self) -> bool:

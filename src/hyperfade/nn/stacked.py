@@ -11,46 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from hyperfade.nn.forms import in_one_call, part_by_part
+from hyperfade.nn.kept import Kept
 from hyperfade.nn.low_bit import LowBitLinear
 
 _ONE_CALL_TOKENS = 2  # with more, a call for each product is faster wherever the layout allows it
 
 
-class KeptMixing:
-    """P ⊗ Q as (n, n·R) in float32, how a core's outputs are mixed. Kept: making it takes as long as a small core."""
-
-    def __init__(self) -> None:
-        self._made_of: tuple[object, ...] = ()
-        self._mixing: Tensor | None = None
-
-    def of(self, p: Tensor, q: Tensor) -> Tensor:
-        """P and Q (R, n): (n, n·R). Made anew while gradients are asked for."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _mixing(p, q)
-        made_of = (*state_of(p), *state_of(q))
-        if self._mixing is None or self._made_of != made_of:
-            self._made_of, self._mixing = made_of, _mixing(p, q)
-        return self._mixing
-
-
-def state_of(tensor: Tensor) -> tuple[object, ...]:
-    """What changes when a tensor's numbers do, or their place."""
-    return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
-
-
-def by_core(x: Tensor, p: Tensor, q: Tensor, core: nn.Module, kept: KeptMixing) -> Tensor | None:
-    """x (M, n, d/n), P and Q (R, n), core d/n → R·k/n: y (M, k); None where the batched product is the faster way."""
+def by_core(x: Tensor, p: Tensor, q: Tensor, core: nn.Module, kept: Kept[Tensor]) -> Tensor | None:
+    """x (M, n, d/n), P and Q (R, n), core d/n → R·k/n: y (M, k); None where the batched product is the faster way.
+    kept: P ⊗ Q as (n, n·R) in float32, how a core's outputs are mixed; making it takes as long as a small core."""
     if type(core) is nn.Linear:
         return None
+    mixing = partial(_mixing, p, q)
     if not isinstance(core, LowBitLinear):  # an adapter around one
-        return in_one_call(x, kept.of(p, q), core)
+        return in_one_call(x, kept.of((p, q), mixing), core)
     if torch.compiler.is_exporting():
         return None
     count, tokens = len(p), x.shape[0]
     if (core.parts > 1 or tokens > _ONE_CALL_TOKENS) and core.in_kernel(x, tokens, count):
         return part_by_part(x, p, q, partial(core.by_kernel, parts=count))
     if core.parts == 1 and core.in_kernel(x, tokens * x.shape[1]):
-        return in_one_call(x, kept.of(p, q), core.by_kernel)
+        return in_one_call(x, kept.of((p, q), mixing), core.by_kernel)
     return None
 
 
