@@ -180,12 +180,10 @@ def in_short(found: Iterable[Measured]) -> list[Measured]:
     return list(furthest.values())
 
 
-def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
+def kept_table(found: Iterable[Measured], tasks: Iterable[str], marks: dict[str, str]) -> str:
     """What each model keeps of the dense one's scores, how near to it it is before training and after, how large, and
-    how much faster, on which processor: marked where it is not the one that measured most of them."""
+    how much faster, on which processor: with its mark."""
     found = sorted(found, key=lambda one: (-(one.cell["fraction"] or 1), one.kl))
-    processors = Counter(_processor(one.cell) for one in found)
-    marks = {where: _MARKS[place] for place, (where, _) in enumerate(processors.most_common())}
     rows = [
         [
             f"{one.cell['ffn_params_ratio']:.1%}",
@@ -200,11 +198,18 @@ def kept_table(found: Iterable[Measured], tasks: Iterable[str]) -> str:
         for one in found
     ]
     head = ["FFN parameters", "method", "samples", "steps", *(f"{task} kept" for task in tasks)]
-    places = "; ".join(f"{mark} {where}".strip() for where, mark in marks.items())
+    present = {_processor(one.cell) for one in found}
+    places = "; ".join(f"{mark} {where}".strip() for where, mark in marks.items() if where in present)
     return (
         table([*head, "KL before → after", "on disk", "prefill", "decode"], rows)
         + f"\n\nPrefill and decode: times dense, in bfloat16, on {places}."
     )
+
+
+def processor_marks(found: Iterable[Measured]) -> dict[str, str]:
+    """What stands behind speeds in tables, by processor: nothing where most of the models were measured."""
+    processors = Counter(_processor(one.cell) for one in found)
+    return {where: _MARKS[place] for place, (where, _) in enumerate(processors.most_common())}
 
 
 def _processor(cell: dict[str, Any]) -> str:
@@ -216,11 +221,34 @@ def with_comparison(readme: str, kept: Kept) -> str:
     """The README's text with the part between the markers made anew: the table, and what its shares are of."""
     head, rest = readme.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
-    dense = kept["comparison"]["dense"]
-    found = kept_table(in_short(measured(kept)), dense["scores"])
-    scores = ", ".join(f"{task} {metric_label(own['headline'])} {_score(own)}" for task, own in dense["scores"].items())
-    whole = f"Dense: {scores}; {_millions(dense)} parameters, {_megabytes(dense)}."
-    return f"{head}{BEGIN}{marker}\n{found}\n\n{whole}\n{END}{rest.split(END, 1)[1]}"
+    dense, found = kept["comparison"]["dense"], measured(kept)
+    whole = f"Dense: {_millions(dense)} parameters, {_megabytes(dense)}; {'; '.join(_dense_scores(kept))}."
+    body = f"{kept_table(in_short(found), dense['scores'], processor_marks(found))}\n\n{whole}"
+    return f"{head}{BEGIN}{marker}\n{body}\n{END}{rest.split(END, 1)[1]}"
+
+
+def _dense_scores(kept: Kept) -> list[str]:
+    """The scores that shares are of: bfloat16 rounds otherwise on another processor, so each has its own."""
+    files = [kept[name] for name in ("comparison", *LONG) if name in kept]
+    found = {}
+    for own in files:
+        for cell in own["cells"].values():
+            if is_dense_of(own["dense"], cell):
+                found.setdefault(cell["machine"]["processor"], own["dense"]["scores"])
+    return [
+        f"on {processor} "
+        + ", ".join(f"{task} {metric_label(own['headline'])} {_score(own)}" for task, own in scores.items())
+        for processor, scores in found.items()
+    ]
+
+
+def is_dense_of(dense: dict[str, Any], cell: dict[str, Any]) -> bool:
+    """Whether the shares of a cell, whose file may hold cells of several processors, are of this model's scores."""
+    return all(
+        abs(share * own[own["headline"]]["value"] - cell["scores"][task][own["headline"]]["value"]) < 1e-9
+        for task, own in dense["scores"].items()
+        if (share := cell["retention"][task]) is not None
+    )
 
 
 def ffn_table(kept: dict[str, Any]) -> str:
@@ -324,7 +352,8 @@ def _long_part(kept: Kept) -> list[str]:
         "## The reference model, with more calibration and training",
         f"The same, fitted on more samples and trained for more steps.{hidden if weights else ''} "
         + _machines(cell for own in files for cell in own["cells"].values()),
-        kept_table(measured(kept, LONG), files[0]["dense"]["scores"]),
+        kept_table(measured(kept, LONG), files[0]["dense"]["scores"], processor_marks(measured(kept))),
+        f"Dense: {'; '.join(_dense_scores(kept))}.",
     ]
 
 

@@ -141,7 +141,8 @@ def test_speeds_of_another_processor_are_marked() -> None:
         _cell(method, 1e-4, 1.0) | sizes | speeds | {"machine": {"processor": processor, "threads": 2}}
         for method, processor in (("width pruning", "Slow"), ("width", "Fast"), ("products", "Fast"))
     ]
-    text = report.kept_table([report.Measured(cell, {"steps": 6, "calibration": 8}) for cell in cells], ["reading"])
+    found = [report.Measured(cell, {"steps": 6, "calibration": 8}) for cell in cells]
+    text = report.kept_table(found, ["reading"], report.processor_marks(found))
     assert text.count("1.50× (1.40-1.60)†") == text.count("1.80× (1.70-1.90)†") == 1
     assert "| width pruning | 8 | 6 | 90.0% | 2.00 → 1.00 | 2 MB | 1.50× (1.40-1.60)† |" in text
     assert text.endswith("in bfloat16, on Fast, 2 threads; † Slow, 2 threads.")
@@ -161,6 +162,17 @@ def test_settings_name_what_is_unusual_in_them() -> None:
         "teacher": "live",
         "hidden_weight": 30.0,
     }
+
+
+def test_every_share_is_of_a_dense_score_that_the_readme_names() -> None:
+    kept, _ = report.kept_results()
+    files = [kept[name] for name in ("comparison", *report.LONG)]
+    line = next(line for line in report.README.read_text(encoding="utf-8").splitlines() if line.startswith("Dense: "))
+    for cell in (cell for own in files for cell in own["cells"].values()):
+        dense = next(own["dense"] for own in files if report.is_dense_of(own["dense"], cell))
+        (named,) = (part for part in line.split("; ") if part.startswith(f"on {cell['machine']['processor']} "))
+        value = dense["scores"]["reading"]["character_accuracy"]["value"]
+        assert f"reading character accuracy {value:.2%}" in named
 
 
 def test_page_and_readme_are_what_the_kept_results_give() -> None:
