@@ -25,7 +25,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 README = PAGE.parent.parent / "README.md"
 BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
 PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "frontier")}
-LONG = ("comparison_long", "comparison_hidden", "comparison_longest")
+LONG = ("comparison_long", "comparison_recipes", "comparison_hidden", "comparison_longest")
 FILES = {
     name: RESULTS.with_name(f"{name}.json")
     for name in ("perplexity", "ffn_quality", "comparison", *LONG, "ablation", "block_spectrum")
