@@ -26,9 +26,10 @@ README = PAGE.parent.parent / "README.md"
 BEGIN, END = "<!-- comparison:begin", "<!-- comparison:end -->"
 PLOTS = {name: PAGE.with_name(f"results_{name}.png") for name in ("perplexity", "ffn", "quality", "frontier")}
 LONG = ("comparison_long", "comparison_recipes", "comparison_hidden", "comparison_longest")
+COMPARISONS = ("comparison", *LONG)
 FILES = {
     name: RESULTS.with_name(f"{name}.json")
-    for name in ("perplexity", "ffn_quality", "comparison", *LONG, "ablation", "block_spectrum")
+    for name in ("perplexity", "ffn_quality", *COMPARISONS, "ablation", "block_spectrum")
 }
 ADVICE = RESULTS.with_name("advice.md")
 PUBLISHED = ("low-rank, whitened", "width pruning", "paper")
@@ -163,7 +164,7 @@ def perplexity_table(kept: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def measured(kept: Kept, names: Iterable[str] = ("comparison", *LONG)) -> list[Measured]:
+def measured(kept: Kept, names: Iterable[str] = COMPARISONS) -> list[Measured]:
     """All models of these results files, at the learning rate that is shown."""
     files = [kept[name] for name in names if name in kept]
     return [Measured(cell, own["settings"]) for own in files for cell in best_rates(own["cells"])]
@@ -229,9 +230,8 @@ def with_comparison(readme: str, kept: Kept) -> str:
 
 def _dense_scores(kept: Kept) -> list[str]:
     """The scores that shares are of: bfloat16 rounds otherwise on another processor, so each has its own."""
-    files = [kept[name] for name in ("comparison", *LONG) if name in kept]
-    found = {}
-    for own in files:
+    found: dict[str, dict[str, Any]] = {}
+    for own in (kept[name] for name in COMPARISONS if name in kept):
         for cell in own["cells"].values():
             if is_dense_of(own["dense"], cell):
                 found.setdefault(cell["machine"]["processor"], own["dense"]["scores"])

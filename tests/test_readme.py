@@ -65,3 +65,18 @@ def test_what_kept_weights_gain_is_the_measured_gain() -> None:
     }
     quarter, eighth = ("from {:.2f} to {:.2f}".format(*gain) for gain in gains.values())
     assert f"a quarter by a budget goes {quarter} times dense, an eighth {eighth}." in SENTENCES
+
+
+def test_what_it_does_not_rule_out_are_the_intervals_of_the_paired_differences() -> None:
+    products, widths = "products on fewer units by budget, by blocks", "width by budget, by blocks"
+
+    def losses(file: str, method: str, fraction: float) -> list[str]:
+        cells = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text(encoding="utf-8"))["cells"].values()
+        (cell,) = (cell for cell in cells if (cell["method"], cell["fraction"]) == (method, fraction))
+        return [f"{-100 * cell['scores'][task]['against_dense']['low']:.1f}" for task in ("question", "reading")]
+
+    of_widths = "{} points of exact match in questions and {} points of characters in reading by widths, "
+    of_products = "{} and {} by hypercomplex layers, and by these at an eighth {} and {}."
+    found = [*losses("comparison_hidden", widths, 0.25), *losses("comparison_longest", products, 0.25)]
+    found += losses("comparison_longest", products, 0.125)
+    assert (of_widths + of_products).format(*found) in SENTENCES

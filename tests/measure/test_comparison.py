@@ -166,7 +166,7 @@ def test_settings_name_what_is_unusual_in_them() -> None:
 
 def test_every_share_is_of_a_dense_score_that_the_readme_names() -> None:
     kept, _ = report.kept_results()
-    files = [kept[name] for name in ("comparison", *report.LONG)]
+    files = [kept[name] for name in report.COMPARISONS]
     line = next(line for line in report.README.read_text(encoding="utf-8").splitlines() if line.startswith("Dense: "))
     for cell in (cell for own in files for cell in own["cells"].values()):
         dense = next(own["dense"] for own in files if report.is_dense_of(own["dense"], cell))
